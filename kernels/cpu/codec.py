@@ -1,0 +1,117 @@
+"""Slot bytes to numbers and back, in vectorised torch: the one CPU reading of `SlotLayout`."""
+
+import torch
+
+from ..slot_layout import SlotLayout
+
+
+def _floor_half(x: torch.Tensor) -> torch.Tensor:
+    """Largest fp16 that is at most x (float32)."""
+    half = x.half()
+    return torch.where(half.float() > x, torch.nextafter(half, torch.full_like(half, -torch.inf)), half)
+
+
+def _ceil_half(x: torch.Tensor) -> torch.Tensor:
+    """Smallest fp16 that is at least x (float32)."""
+    half = x.half()
+    return torch.where(half.float() < x, torch.nextafter(half, torch.full_like(half, torch.inf)), half)
+
+
+def _quantize(x: torch.Tensor, dim: int, levels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes (float32), fp16 minimum and step of x along dim; minimum + step * levels covers the maximum."""
+    low, high = torch.aminmax(x, dim=dim, keepdim=True)
+    minimum = _floor_half(low)
+    step = _ceil_half((high - minimum.float()) / levels)
+    divisor = torch.where(step == 0, 1.0, step.float())
+    codes = ((x - minimum.float()) / divisor).add_(0.5).floor_().clamp_(0, levels)
+    return codes, minimum.squeeze(dim), step.squeeze(dim)
+
+
+def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """float codes [..., P, D] to uint8 bytes [..., bytes]; 4 bits put token t and t + P/2 in one byte."""
+    codes = codes.to(torch.uint8)
+    if bits == 4:
+        low, high = codes.chunk(2, dim=-2)
+        codes = low | (high << 4)
+    return codes.flatten(-2)
+
+
+def _unpack(data: torch.Tensor, bits: int, layout: SlotLayout) -> torch.Tensor:
+    """uint8 bytes [N, bytes] to float32 codes [N, P, D]."""
+    half = layout.page_size // 2
+    if bits == 8:
+        return data.unflatten(-1, (layout.page_size, layout.head_dim)).float()
+    data = data.unflatten(-1, (half, layout.head_dim))
+    codes = torch.empty(data.shape[0], layout.page_size, layout.head_dim)
+    codes[:, :half] = data & 15
+    codes[:, half:] = data >> 4
+    return codes
+
+
+def encode_slots(key: torch.Tensor, value: torch.Tensor, layout: SlotLayout) -> torch.Tensor:
+    """key, value [..., P, D] in any float dtype to slots, uint8 [..., slot_bytes]."""
+    lead = key.shape[:-2]
+    key, value = key.float(), value.float()
+    slots = torch.zeros(*lead, layout.slot_bytes, dtype=torch.uint8)
+    grouped = key.unflatten(-2, (layout.num_groups, layout.logical_page_size))
+    codes, minimum, step = _quantize(grouped, -2, layout.key_levels)
+    for offset, statistic in ((layout.key_min, minimum), (layout.key_step, step)):
+        data = statistic.flatten(-2).contiguous().view(torch.uint8)
+        slots[..., offset : offset + data.shape[-1]] = data
+    if layout.float_dtype is not None:
+        for offset, x in ((0, key), (layout.value_codes, value)):
+            data = x.to(layout.float_dtype).flatten(-2).contiguous().view(torch.uint8)
+            slots[..., offset : offset + data.shape[-1]] = data
+        return slots
+    key_bytes = _pack(codes.flatten(-3, -2), layout.key_bits)
+    slots[..., : key_bytes.shape[-1]] = key_bytes
+    codes, minimum, step = _quantize(value, -1, 15 if layout.value_bits == 4 else 255)
+    value_bytes = _pack(codes, layout.value_bits)
+    slots[..., layout.value_codes : layout.value_codes + value_bytes.shape[-1]] = value_bytes
+    for offset, statistic in ((layout.value_min, minimum), (layout.value_step, step)):
+        slots[..., offset : offset + 2 * layout.page_size] = statistic.contiguous().view(torch.uint8)
+    return slots
+
+
+def _half(slots: torch.Tensor, offset: int, *shape: int) -> torch.Tensor:
+    """The fp16 numbers at a byte offset of every slot [N, slot_bytes], as float32 [N, *shape]."""
+    count = torch.Size(shape).numel()
+    return slots[:, offset : offset + 2 * count].view(torch.float16).float().unflatten(-1, shape)
+
+
+def decode_keys(slots: torch.Tensor, layout: SlotLayout) -> torch.Tensor:
+    """Keys of contiguous slots uint8 [N, slot_bytes], float32 [N, P, D]."""
+    size = layout.page_size * layout.head_dim * layout.key_bits // 8
+    if layout.float_dtype is not None:
+        return slots[:, :size].view(layout.float_dtype).float().unflatten(-1, (layout.page_size, layout.head_dim))
+    codes = _unpack(slots[:, :size], layout.key_bits, layout)
+    minimum = _half(slots, layout.key_min, layout.num_groups, 1, layout.head_dim)
+    step = _half(slots, layout.key_step, layout.num_groups, 1, layout.head_dim)
+    grouped = codes.unflatten(1, (layout.num_groups, layout.logical_page_size))
+    return torch.addcmul(minimum, grouped, step, out=grouped).flatten(1, 2)
+
+
+def decode_values(slots: torch.Tensor, layout: SlotLayout) -> torch.Tensor:
+    """Values (rotated) of contiguous slots uint8 [N, slot_bytes], float32 [N, P, D]."""
+    size = layout.page_size * layout.head_dim * layout.value_bits // 8
+    data = slots[:, layout.value_codes : layout.value_codes + size]
+    if layout.float_dtype is not None:
+        return data.view(layout.float_dtype).float().unflatten(-1, (layout.page_size, layout.head_dim))
+    codes = _unpack(data, layout.value_bits, layout)
+    minimum = _half(slots, layout.value_min, layout.page_size, 1)
+    step = _half(slots, layout.value_step, layout.page_size, 1)
+    return torch.addcmul(minimum, codes, step, out=codes)
+
+
+def key_range(statistics: torch.Tensor, layout: SlotLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centre and radius, float32 [N, groups, D], from bytes [N, value_codes - key_min] that start at key_min."""
+    minimum = _half(statistics, 0, layout.num_groups, layout.head_dim)
+    step = _half(statistics, layout.key_step - layout.key_min, layout.num_groups, layout.head_dim)
+    radius = step * (layout.key_levels / 2)
+    return minimum + radius, radius
+
+
+def gather_slots(pool: torch.Tensor, page_ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Slots of pages, uint8 [N, slot_bytes] with N the broadcast elements of page_ids and slots (int64)."""
+    index = (page_ids * pool.shape[1] + slots).flatten()
+    return pool.view(-1, pool.shape[2]).index_select(0, index)

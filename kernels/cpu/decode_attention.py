@@ -1,0 +1,99 @@
+"""CPU path of `decode_attention`: gathers the listed pages, then two batched matrix products."""
+
+import torch
+
+from ..views import DecodeBatch, LayerView, Selection
+from .codec import decode_keys, decode_values, gather_slots
+
+
+def tail_logits(query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Scores of the own page: query [B, H, G, D] (scaled), keys [B, H, P, D] to [B, H, G, P], -inf past the new token."""
+    later = torch.arange(keys.shape[2]) > (positions % keys.shape[2])[:, None]
+    return (query @ keys.transpose(2, 3)).masked_fill_(later[:, None, None], -torch.inf)
+
+
+def _attend(
+    query: torch.Tensor,
+    slots: torch.Tensor,
+    readable: torch.Tensor,
+    tail_key: torch.Tensor,
+    tail_value: torch.Tensor,
+    layer: LayerView,
+    batch: DecodeBatch,
+) -> torch.Tensor:
+    """query [B, H, G, D] (scaled) over gathered slots [B*H*J, bytes], readable bool [B, H or 1, J*P], and the tail."""
+    num_batch, num_heads, _, head_dim = query.shape
+    own = tail_logits(query, tail_key, batch.positions)
+    listed = readable.shape[2]
+    keys = decode_keys(slots, layer.layout).reshape(num_batch, num_heads, listed, head_dim)
+    logits = (query @ keys.transpose(2, 3)).masked_fill_(~readable[:, :, None], -torch.inf)
+    weights = torch.cat((logits, own), dim=-1).softmax(-1)
+    values = decode_values(slots, layer.layout).reshape(num_batch, num_heads, listed, head_dim)
+    return torch.matmul(weights[..., :listed], values).add_(weights[..., listed:] @ tail_value)
+
+
+def _retrieval_pages(layer: LayerView, batch: DecodeBatch, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page indices [B, R, J] and whether each is to be read: everything sealed where it fits, else the selection."""
+    sealed = batch.positions // layer.layout.page_size
+    dense = sealed + 1 <= batch.budget_pages
+    counts = selection.counts[batch.rows][:, layer.retrieval_heads]
+    counts = torch.where(dense[:, None], sealed[:, None], counts)
+    width = int(counts.max()) if counts.numel() else 0
+    order = torch.arange(width)
+    stored = selection.pages[batch.rows][:, layer.retrieval_heads, : min(width, selection.pages.shape[2])].long()
+    stored = torch.nn.functional.pad(stored, (0, width - stored.shape[2]))
+    readable = order < counts[..., None]
+    return torch.where(dense[:, None, None], order, stored).masked_fill_(~readable, 0), readable
+
+
+def _streaming_pages(layer: LayerView, batch: DecodeBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page indices [B, J] of sink and window, and which of their tokens are readable, bool [B, J, P]."""
+    page = layer.layout.page_size
+    sealed = batch.positions // page
+    num_sink = layer.sink_size // page
+    sink = torch.arange(num_sink).expand(sealed.shape[0], -1)
+    window = sealed[:, None] - torch.arange(layer.local_window // page, 0, -1)
+    index = torch.cat((sink, window), dim=1)
+    is_window = torch.arange(index.shape[1]) >= num_sink
+    listed = (index < sealed[:, None]) & (index >= torch.where(is_window, num_sink, 0))
+    tokens = index[..., None] * page + torch.arange(page)
+    in_reach = (tokens < layer.sink_size) | (batch.positions[:, None, None] - tokens < layer.local_window)
+    return index.clamp_min(0).masked_fill(~listed, 0), listed[..., None] & in_reach
+
+
+def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, selection: Selection) -> torch.Tensor:
+    """See `kernels.decode_attention.decode_attention`."""
+    num_batch, num_query_heads, head_dim = query.shape
+    num_kv_heads = layer.head_slots.numel()
+    if not num_batch:
+        return torch.empty_like(query)
+    grouped = (query.float() * layer.scale).view(num_batch, num_kv_heads, -1, head_dim)
+    out = torch.empty_like(grouped)
+    page = layer.layout.page_size
+    for heads, is_streaming in ((layer.retrieval_heads, False), (layer.streaming_heads, True)):
+        if not heads.numel():
+            continue
+        slots = layer.head_slots[heads].long()
+        if is_streaming:
+            index, readable = _streaming_pages(layer, batch)
+            page_ids = batch.streaming_table.gather(1, index).long()[:, None]
+            readable = readable.flatten(1)[:, None]
+            pool = layer.streaming_pool
+        else:
+            index, listed = _retrieval_pages(layer, batch, selection)
+            page_ids = batch.retrieval_table.gather(1, index.flatten(1)).long().view_as(index)
+            readable = listed[..., None].expand(*listed.shape, page).flatten(2)
+            pool = layer.retrieval_pool
+        data = gather_slots(pool, page_ids, slots[:, None])
+        whole = heads.numel() == num_kv_heads
+        tail_key, tail_value = layer.tail_key[batch.rows].float(), layer.tail_value[batch.rows].float()
+        if not whole:
+            tail_key, tail_value = tail_key[:, heads], tail_value[:, heads]
+        attended = _attend(
+            grouped if whole else grouped[:, heads], data, readable, tail_key, tail_value, layer, batch
+        )
+        if whole:
+            out = attended
+        else:
+            out[:, heads] = attended
+    return out.reshape(query.shape).to(query.dtype)
