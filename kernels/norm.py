@@ -23,8 +23,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Adds x to the residual stream and normalizes the sum: (rms_norm(x + residual), x + residual).
 
-    x, residual: [..., H] of one dtype; the sum is rounded to that dtype before it is normalized, so the fused call equals the
-    two steps. Both results are new tensors. Raises ValueError when shapes differ.
+    x, residual: [..., H] of one dtype; the sum is rounded to that dtype before it is normalized, so the fused call
+    equals the two steps. Both results are new tensors. Raises ValueError when shapes differ.
     """
     _check(x, weight)
     _check_residual(x, residual)

@@ -7,8 +7,8 @@ from torch import Tensor
 def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates channel pairs (i, i + D/2) of each head by the token's angles.
 
-    query: [T, Hq, D]; key: [T, Hkv, D], views into a fused projection allowed; cos, sin: [T, D/2], or [T, D] with both halves equal
-    (saves two operations on a CPU), in float32 or query's dtype. Returns new tensors in the inputs' dtype.
+    query: [T, Hq, D]; key: [T, Hkv, D], views into a fused projection allowed; cos, sin: [T, D/2], or [T, D] with both
+    halves equal (saves two operations on a CPU), in float32 or query's dtype. Returns new tensors in the inputs' dtype.
     Raises ValueError when shapes do not fit together.
     """
     _check(query, key, cos, sin)
@@ -68,6 +68,5 @@ def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"head_dim must be even, got {head_dim}")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape not in ((num_tokens, head_dim), (num_tokens, head_dim // 2)) or table.shape != cos.shape:
-            raise ValueError(
-                f"{name} must be [{num_tokens}, {head_dim // 2}] or [{num_tokens}, {head_dim}], got {tuple(table.shape)}"
-            )
+            wanted = f"[{num_tokens}, {head_dim // 2}] or [{num_tokens}, {head_dim}]"
+            raise ValueError(f"{name} must be {wanted}, got {tuple(table.shape)}")
