@@ -53,8 +53,9 @@ def quantize_activation(x: Tensor, activation_format: ActivationFormat) -> Quant
 def quantize_rows(x: Tensor, activation_format: ActivationFormat) -> QuantizedActivation:
     """The CPU path of every quantizing operation: x [T, K] float32."""
     largest = MAX_CODE[activation_format]
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-10).mul_(1.0 / largest)
-    codes = x / scale
+    magnitude = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-10)
+    # the factor, not the scale, decides the codes: one rounded product is the same bits on every device
+    codes, scale = x * (largest / magnitude), magnitude / largest
     if activation_format == "fp8":
         return QuantizedActivation(codes.clamp_(-largest, largest).to(torch.float8_e4m3fn), scale)
     codes = codes.round_().clamp_(-largest, largest).to(torch.int8)
