@@ -1,7 +1,7 @@
 """Weight formats of linear layers, chosen by `weights:` and made matrix by matrix while a checkpoint loads.
 
-`native` keeps the compute dtype. `fp8` and `int8` quantize weights per output channel and activations per token (W8A8).
-`w4a8` has two-level 4-bit weights (QServe) and int8 activations. Norms, embeddings and the output layer's input stay native.
+`native` keeps the compute dtype. `fp8` and `int8` quantize weights per output channel and activations per token
+(W8A8). `w4a8` has two-level 4-bit weights (QServe) and int8 activations. Norms and embeddings stay native.
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,8 @@ from .weight_format import W4Weight, W8Weight, decode_w4
 def linear_w8a8(x: QuantizedActivation, weight: W8Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """x W^T + bias with 8-bit operands of one kind: returns [T, N] in out_dtype (float32, bfloat16 or float16).
 
-    x: codes [T, K] int8 or float8_e4m3fn; weight: codes [N, K] of the same dtype; bias: [N] or None, added before rounding.
+    x: codes [T, K] int8 or float8_e4m3fn; weight: codes [N, K] of the same dtype; bias: [N] or None, added before
+    rounding. On a CPU int8 uses its matrix instructions where it has them, fp8 is decoded to float32 at every call.
     Raises ValueError when dtypes or shapes do not fit together.
     """
     _check(x, weight, bias)
@@ -34,7 +35,8 @@ def linear_w4a8(x: QuantizedActivation, weight: W4Weight, bias: Tensor | None, o
     """x W^T + bias with int8 activations and two-level 4-bit weights: returns [T, N] in out_dtype.
 
     x must carry its group sums (format int8_sums): the groups' minima are added through them. On a CPU the weight is
-    decoded at every call; a caller that keeps one there decodes it once (`decode_w4`) and calls linear_w8a8: same result.
+    decoded at every call; a caller that keeps one there decodes it once (`decode_w4`) and calls linear_w8a8, with the
+    same result.
     Raises ValueError when dtypes or shapes do not fit together or the sums are missing.
     """
     _check(x, weight, bias)

@@ -9,7 +9,7 @@ from .activation_format import GROUP
 
 W4_LEVELS = 15
 W4_RANGE = 119
-"""First-level codes stay in [-119, 119], so that min + 15 * step fits int8 after both are rounded (QServe, section 4.1)."""
+"""First-level codes stay in [-119, 119], so that min + 15 * step fits int8 after both are rounded (QServe, 4.1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class W4Weight:
         128 g + 64 + j in its high one, so both halves of a group are used without interleaving; channels past K hold 0.
     step: uint8 [G, N]; minimum: int8 [G, N]. What they decode to, code * step + minimum, fits int8.
     scale: float32 [N].
-    semaphores: int32 [ceil(N / 32)] zeros, the count of finished parts per output tile where a launch splits K; every launch
-        leaves zeros. Launches that share a weight must not overlap.
+    semaphores: int32 [ceil(N / 32)] zeros, the count of finished parts per output tile where a launch splits K; every
+        launch leaves zeros. Launches that share a weight must not overlap.
     """
 
     codes: Tensor
@@ -56,7 +56,7 @@ class W4Weight:
 
 
 def quantize_w8(weight: Tensor, dtype: torch.dtype) -> W8Weight:
-    """Symmetric per output channel. weight: [N, K] float; dtype: torch.int8 or torch.float8_e4m3fn (else ValueError)."""
+    """Symmetric per output channel. weight: [N, K] float; dtype: torch.int8 or torch.float8_e4m3fn, else ValueError."""
     if dtype not in (torch.int8, torch.float8_e4m3fn):
         raise ValueError(f"dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype}")
     largest = 127.0 if dtype == torch.int8 else 448.0
@@ -70,8 +70,8 @@ def quantize_w8(weight: Tensor, dtype: torch.dtype) -> W8Weight:
 def quantize_w4(weight: Tensor) -> W4Weight:
     """Two-level 4-bit codes of weight [N, K] float, each group's step chosen by least squared error.
 
-    Rows are scaled to [-119, 119] first; a group then tries the step that covers its range and up to three smaller ones,
-    which clip its ends but round the rest finer.
+    Rows are scaled to [-119, 119] first; a group then tries the step that covers its range and up to three smaller
+    ones, which clip its ends but round the rest finer.
     """
     num_rows, in_features = weight.shape
     num_groups = -(-in_features // GROUP)
