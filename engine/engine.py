@@ -1,0 +1,427 @@
+"""One worker's engine: `add_request`, `step`, `abort`. A step reads: schedule, run, postprocess.
+
+An engine is used from one thread. It serves three kinds of worker: one that does everything (`add_request(request)`), one that
+prefills and hands over (`prefill_only=True`: chunks are announced under leases), and one that decodes what was prefilled
+elsewhere (`hold=True`: pages are reserved, then filled from outside, then `begin_decode`).
+"""
+
+import time
+from collections.abc import Iterable, Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .chain import chain_hashes, chain_root
+from .config import BLOCK_SIZE, PAGE_SIZE, EngineConfig
+from .detokenizer import Detokenizer
+from .errors import DeadlineExceededError, InvalidRequestError, LServeError, PromptTooLongError
+from .handoff import ChunkReady
+from .head_profile import HeadProfile
+from .kv_cache import KVCache
+from .leases import LeaseTable
+from .loading import LoadedModel, load
+from .page_pool import PagePool
+from .pool_sizes import PoolSizes, pool_sizes
+from .prefix_index import PrefixIndex
+from .request import FinishReason, Output, Request, SampledToken, SamplingParams
+from .residency import Residency
+from .runner import Runner
+from .sampling import SamplingRow, sample, validate
+from .scheduler import Scheduler
+from .sequence import PrefillChunk, Sequence, State
+from .swap import HostSwap
+
+LEASE_TTL_S = 30.0
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step brought: new output, announced chunks, requests whose pages are now reserved, and failed requests."""
+
+    outputs: list[Output] = field(default_factory=list)
+    chunks: list[ChunkReady] = field(default_factory=list)
+    admitted: list["Reservation"] = field(default_factory=list)
+    errors: list[tuple[str, LServeError]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Pages that a held request owns: retrieval page ids by page index, streaming ids by index, its row, and the hit."""
+
+    request_id: str
+    retrieval_pages: tuple[int, ...]
+    streaming_pages: dict[int, int]
+    row: int
+    num_cached_tokens: int
+    chain: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How full the engine is. Pages are retrieval pages, prefix cache excluded; running, waiting count sequences."""
+
+    running: int
+    waiting: int
+    used_pages: int
+    total_pages: int
+    cached_pages: int
+    used_rows: int
+    leases: int
+
+
+class Engine:
+    """The engine of one worker, over one model on one device."""
+
+    def __init__(self, config: EngineConfig, loaded: LoadedModel, secret: bytes = b"", sizes: PoolSizes | None = None) -> None:
+        self.config, self.model_config, self.tokenizer = config, loaded.model.config, loaded.tokenizer
+        self.page_format = loaded.page_format
+        self._secret = secret
+        sparsity = loaded.sparsity
+        limit = config.scheduler.max_model_len or self.model_config.max_position
+        self.max_model_len = min(limit, self.model_config.max_position)
+        sizes = sizes or pool_sizes(config, self.page_format, self.max_model_len)
+        self.cache = KVCache(
+            self.page_format,
+            self.model_config,
+            sparsity,
+            sizes.retrieval_pages,
+            sizes.streaming_pages,
+            sizes.rows,
+            config.device,
+            loaded.model.dtype,
+        )
+        has_retrieval = self.page_format.num_retrieval_slots > 0
+        has_streaming = self.page_format.num_streaming_slots > 0
+        self.retrieval_pool = PagePool(sizes.retrieval_pages, "retrieval")
+        self.streaming_pool = PagePool(sizes.streaming_pages, "streaming")
+        self.row_pool = PagePool(sizes.rows, "tail row")
+        self.residency = Residency(sparsity.sink_size, sparsity.local_window)
+        self.index: PrefixIndex | None = None
+        if config.cache.prefix_cache:
+            self.index = PrefixIndex(
+                self.retrieval_pool if has_retrieval else None,
+                self.streaming_pool if has_streaming else None,
+                self.residency,
+            )
+        self.leases = LeaseTable(time.monotonic, self._release_lease)
+        self._swap = HostSwap(self.cache, config.cache.host_swap_bytes)
+        self.scheduler = Scheduler(
+            config.scheduler,
+            sparsity,
+            self.residency,
+            self.retrieval_pool,
+            self.streaming_pool,
+            self.row_pool,
+            self.index,
+            self._swap.save,
+            has_retrieval,
+            has_streaming,
+        )
+        self._runner = Runner(loaded.model, self.cache, sparsity)
+        self._live: dict[str, list[Sequence]] = {}
+        self._detokenizers: dict[Sequence, Detokenizer] = {}
+        self._have_tokens: dict[str, int] = {}
+        self._pending: list[Output] = []
+
+    @classmethod
+    def from_pretrained(cls, model: str, **settings: object) -> "Engine":
+        """An engine over a local directory, a Hugging Face id or a GGUF file; settings are EngineConfig's fields."""
+        config = EngineConfig(model=model, **settings)  # type: ignore[arg-type]
+        return cls(config, load(config))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether calling `step` would do anything."""
+        return self.scheduler.has_work or bool(self._pending)
+
+    def add_request(
+        self, request: Request, *, prefill_only: bool = False, hold: bool = False, have_tokens: int = 0
+    ) -> None:
+        """Queues a request. Raises InvalidRequestError, PromptTooLongError or CapacityError, and then keeps nothing.
+
+        prefill_only: hand over after prefill, announcing chunks from have_tokens on. hold: stop once pages are reserved.
+        """
+        if request.request_id in self._live:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use")
+        self._check(request)
+        tokens = request.input_token_ids
+        root = chain_root(self._secret, request.tenant, self.page_format.format_id)
+        lead = Sequence(request, request.choice, list(tokens), len(tokens), num_forks=request.sampling.n - 1)
+        if self.index is not None:
+            lead.chain = chain_hashes(root, tokens)
+        lead.prefill_only, lead.hold = prefill_only, hold
+        self.scheduler.add(lead)
+        self._live[request.request_id] = [lead]
+        self._have_tokens[request.request_id] = have_tokens
+
+    def abort(self, request_id: str) -> bool:
+        """Drops a request and all it holds (its leases live on). False when it is not here (any more)."""
+        sequences = self._live.pop(request_id, None)
+        for sequence in sequences or ():
+            self._finish(sequence)
+        self._have_tokens.pop(request_id, None)
+        return sequences is not None
+
+    def reserve_window(self, request_id: str, num_tokens: int) -> dict[int, int]:
+        """Streaming pages (index to id) that a held request needs to go on from num_tokens, reserved now."""
+        sequence = self._lead(request_id)
+        wanted = self.residency.streaming_pages_to_resume(num_tokens)
+        self.scheduler.reserve_streaming(sequence, wanted)
+        return {i: sequence.streaming_pages[i] for i in wanted if i in sequence.streaming_pages}
+
+    def begin_prefill(self, request_id: str, num_computed: int) -> None:
+        """A held request's pages hold its first num_computed tokens (a multiple of 128): compute the rest here."""
+        sequence = self._lead(request_id)
+        assert num_computed % BLOCK_SIZE == 0 and num_computed < sequence.num_prefill, num_computed
+        sequence.num_cached = num_computed
+        self.scheduler.start_prefill(sequence, num_computed)
+
+    def begin_decode(self, request_id: str, first_tokens: SequenceOf[SampledToken], num_cached_tokens: int) -> None:
+        """A held request's pages and tail row hold its whole input; first_tokens are its choices' first tokens."""
+        sequence = self._lead(request_id)
+        sequence.num_computed = sequence.num_prefill
+        sequence.num_cached = num_cached_tokens
+        self._publish(sequence, sequence.num_prefill)
+        self._start_choices(sequence, first_tokens)
+
+    def step(self) -> StepResult:
+        """Schedules, runs and postprocesses one step."""
+        result = StepResult(outputs=self._pending)
+        self._pending = []
+        self._expire(result)
+        plan = self.scheduler.schedule()
+        for sequence in plan.swapped_in:
+            self._swap.restore(sequence)
+        result.admitted += [self._reservation(s) for s in plan.admitted if s.hold]
+        if plan.decode:
+            self._after_decode(plan.decode, self._runner.decode(plan.decode))
+        if plan.prefill:
+            self._after_prefill(plan.prefill, self._runner.prefill(plan.prefill), result)
+        result.outputs += self._pending
+        self._pending = []
+        return result
+
+    def load(self) -> EngineLoad:
+        """How full the engine is now."""
+        queues = self.scheduler
+        return EngineLoad(
+            running=len(queues.running) + len(queues.prefilling) + len(queues.held),
+            waiting=len(queues.waiting) + len(queues.swapped),
+            used_pages=self.retrieval_pool.num_held,
+            total_pages=self.retrieval_pool.num_pages,
+            cached_pages=self.retrieval_pool.num_cached,
+            used_rows=self.row_pool.num_used,
+            leases=self.leases.num_held,
+        )
+
+    def generate(self, prompts: Iterable[str | SequenceOf[int]], params: SamplingParams | None = None) -> list[str]:
+        """Answers prompts (text or token ids) offline, all at once; returns the first choice's text of each."""
+        params = params or SamplingParams()
+        texts: dict[str, str] = {}
+        for number, prompt in enumerate(prompts):
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            request = Request(f"generate-{number}", tuple(ids), params)
+            self.add_request(request)
+            texts[request.request_id] = ""
+        while self.has_work:
+            result = self.step()
+            for request_id, error in result.errors:
+                raise error if request_id in texts else AssertionError(request_id)
+            for output in result.outputs:
+                if output.choice == 0:
+                    texts[output.request_id] += output.text
+        return list(texts.values())
+
+    def _check(self, request: Request) -> None:
+        tokens = request.input_token_ids
+        validate(request.sampling, self.model_config.vocab_size)
+        if not tokens:
+            raise InvalidRequestError("the prompt has no tokens", param="prompt")
+        bad = next((t for t in tokens if not 0 <= t < self.model_config.vocab_size), None)
+        if bad is not None:
+            raise InvalidRequestError(
+                f"token id {bad} is outside the vocabulary of {self.model_config.vocab_size}", param="prompt"
+            )
+        budget, sparsity = request.attention.token_budget, self.config.sparsity
+        if budget is not None and not sparsity.min_token_budget <= budget <= sparsity.max_token_budget:
+            raise InvalidRequestError(
+                f"lserve.token_budget must be from {sparsity.min_token_budget} to {sparsity.max_token_budget}, got {budget}",
+                param="lserve.token_budget",
+            )
+        wanted = len(request.prompt_token_ids) + request.sampling.max_tokens
+        if wanted > self.max_model_len:
+            raise PromptTooLongError(
+                f"{len(request.prompt_token_ids)} prompt tokens and max_tokens {request.sampling.max_tokens} are over the"
+                f" model's limit of {self.max_model_len} tokens",
+                param="max_tokens",
+            )
+        pages = (wanted // PAGE_SIZE + 1) + (request.sampling.n - 1) * (request.sampling.max_tokens // PAGE_SIZE + 1)
+        if pages > self.retrieval_pool.num_pages:
+            raise PromptTooLongError(f"the request needs {pages} pages, the pool has {self.retrieval_pool.num_pages}")
+        if request.sampling.n > self.config.scheduler.max_batch_size:
+            raise InvalidRequestError(f"n must be at most {self.config.scheduler.max_batch_size}, got {request.sampling.n}", param="n")
+
+    def _lead(self, request_id: str) -> Sequence:
+        return self._live[request_id][0]
+
+    def _expire(self, result: StepResult) -> None:
+        self.leases.expire()
+        now = time.time()
+        late = [r for r, sequences in self._live.items() if sequences and sequences[0].request.deadline < now]
+        for request_id in late:
+            if self._live[request_id][0].state is State.HELD:
+                continue
+            self.abort(request_id)
+            result.errors.append((request_id, DeadlineExceededError(f"request {request_id} passed its deadline")))
+
+    def _reservation(self, sequence: Sequence) -> Reservation:
+        assert sequence.row is not None
+        return Reservation(
+            sequence.request_id,
+            tuple(sequence.retrieval_pages),
+            dict(sequence.streaming_pages),
+            sequence.row,
+            sequence.num_cached,
+            tuple(sequence.chain),
+        )
+
+    def _after_decode(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        for sequence in sequences:
+            sequence.num_computed, sequence.fresh = sequence.num_tokens, False
+        for sequence, token in zip(sequences, sample(logits, [_sampling_row(s, s.choice) for s in sequences]), strict=True):
+            self._emit(sequence, token)
+            if sequence.state is State.RUNNING:
+                self.scheduler.drop_stale_streaming(sequence)
+
+    def _after_prefill(self, chunks: list[PrefillChunk], logits: torch.Tensor, result: StepResult) -> None:
+        rows, counts = [], []
+        for chunk in chunks:
+            chunk.sequence.num_computed = chunk.end
+            self._publish(chunk.sequence, chunk.end)
+            if chunk.is_last:
+                sequence = chunk.sequence
+                rows += [_sampling_row(sequence, sequence.choice + i) for i in range(sequence.num_forks + 1)]
+                counts.append(sequence.num_forks + 1)
+        drawn = sample(logits.repeat_interleave(torch.tensor(counts, device=logits.device), 0), rows) if rows else []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            first: list[SampledToken] = []
+            if chunk.is_last:
+                first, drawn = drawn[: sequence.num_forks + 1], drawn[sequence.num_forks + 1 :]
+            if sequence.prefill_only:
+                self._announce(chunk, first, result)
+            elif chunk.is_last:
+                self._start_choices(sequence, first)
+            if sequence.state is State.PREFILL:
+                self.scheduler.drop_stale_streaming(sequence)
+
+    def _start_choices(self, lead: Sequence, first_tokens: SequenceOf[SampledToken]) -> None:
+        choices = [lead, *self.scheduler.fork(lead)]
+        self._live[lead.request_id] = choices
+        for sequence in choices[1:]:
+            assert lead.row is not None and sequence.row is not None
+            self.cache.copy_row(lead.row, sequence.row)
+        for sequence, token in zip(choices, first_tokens, strict=True):
+            self.scheduler.start_decode(sequence)
+            self._detokenizers[sequence] = self._detokenizer(sequence)
+            self._emit(sequence, token)
+
+    def _detokenizer(self, sequence: Sequence) -> Detokenizer:
+        """A stop finder for the choice, primed with what another worker already sent (or, recomputed, with its own output)."""
+        existing = self._detokenizers.get(sequence)
+        if existing is not None:
+            return existing
+        request = sequence.request
+        return Detokenizer(
+            self.tokenizer, request.sampling, self.model_config.eos_token_ids, request.prompt_token_ids, request.emitted
+        )
+
+    def _emit(self, sequence: Sequence, token: SampledToken) -> None:
+        """Appends a drawn token, reports it, and ends the choice when it is done."""
+        sequence.token_ids.append(token.token_id)
+        piece = self._detokenizers[sequence].push(token)
+        reason = piece.finish_reason
+        if reason is None and sequence.num_tokens >= self.max_model_len:
+            reason = FinishReason.LENGTH
+        self._pending.append(
+            Output(
+                request_id=sequence.request_id,
+                choice=sequence.choice,
+                token_ids=(token.token_id,),
+                text=piece.text,
+                logprobs=() if token.logprob is None else (token.logprob,),
+                finish_reason=reason,
+                stop_reason=piece.stop_reason,
+                num_cached_tokens=min(sequence.num_cached, len(sequence.request.prompt_token_ids)),
+            )
+        )
+        if reason is not None:
+            self._finish(sequence)
+            siblings = self._live.get(sequence.request_id, [])
+            if all(s.state is State.FINISHED for s in siblings):
+                self._live.pop(sequence.request_id, None)
+                self._have_tokens.pop(sequence.request_id, None)
+
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        self._swap.discard(sequence)
+        self._detokenizers.pop(sequence, None)
+
+    def _publish(self, sequence: Sequence, end: int) -> None:
+        """Puts the chunk's whole pages into the worker's prefix index: all retrieval pages, and the streaming ones to keep."""
+        if self.index is None or not sequence.chain:
+            return
+        last = min(end // PAGE_SIZE, len(sequence.chain))
+        kept = self.residency.streaming_pages_kept(sequence.num_prefill)
+        self.index.insert(
+            sequence.chain[:last],
+            sequence.retrieval_pages[:last],
+            {i: p for i, p in sequence.streaming_pages.items() if i in kept and i < last},
+        )
+
+    def _announce(self, chunk: PrefillChunk, first: list[SampledToken], result: StepResult) -> None:
+        """Leases the chunk's pages that the decode worker lacks and, with the last chunk, the tail row; then lets go."""
+        sequence = chunk.sequence
+        have = max(self._have_tokens[sequence.request_id], 0) // PAGE_SIZE
+        begin = have if chunk.start == sequence.num_cached else max(have, chunk.start // PAGE_SIZE)
+        whole = range(begin, chunk.end // PAGE_SIZE)
+        wanted = self.residency.streaming_pages_for_decode(sequence.num_prefill)
+        retrieval = tuple((i, sequence.retrieval_pages[i]) for i in whole) if self.page_format.num_retrieval_slots else ()
+        streaming = tuple((i, sequence.streaming_pages[i]) for i in whole if i in wanted and i in sequence.streaming_pages)
+        row = sequence.row if chunk.is_last else None
+        self.retrieval_pool.share([p for _, p in retrieval])
+        self.streaming_pool.share([p for _, p in streaming])
+        if row is not None:
+            self.row_pool.share([row])
+        lease = self.leases.grant([p for _, p in retrieval], [p for _, p in streaming], row, LEASE_TTL_S)
+        result.chunks.append(
+            ChunkReady(
+                sequence.request_id,
+                lease.id,
+                lease.generation,
+                begin * PAGE_SIZE,
+                chunk.end,
+                retrieval,
+                streaming,
+                row,
+                tuple(first),
+                chunk.is_last,
+                sequence.num_cached,
+            )
+        )
+        if chunk.is_last:
+            self._finish(sequence)
+            self._live.pop(sequence.request_id, None)
+            self._have_tokens.pop(sequence.request_id, None)
+
+    def _release_lease(self, retrieval: SequenceOf[int], streaming: SequenceOf[int], row: int | None) -> None:
+        self.retrieval_pool.release(list(retrieval))
+        self.streaming_pool.release(list(streaming))
+        if row is not None:
+            self.row_pool.release([row])
+
+
+def _sampling_row(sequence: Sequence, choice: int) -> SamplingRow:
+    """What the sampler needs to draw the sequence's next token."""
+    prompt = len(sequence.request.prompt_token_ids)
+    return SamplingRow(sequence.request.sampling, choice, sequence.num_tokens, sequence.token_ids, prompt)
