@@ -1,5 +1,7 @@
 """What the router, decode workers and prefill workers say to each other. Every message is immutable and plain data.
 
+::
+
     router  -- Request, PrefixHint -->  decode worker  -- PrefillRequest -->  prefill worker
     router  <-- list[Output] ---------  decode worker  <-- ChunkReady ------  prefill worker
     router  <-- WorkerLoad, WorkerInfo  decode worker
