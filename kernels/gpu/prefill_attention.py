@@ -1,0 +1,218 @@
+"""Triton path of `prefill_attention`: whole earlier blocks unmasked through tensor descriptors, masks only where they bind.
+
+One program computes BLOCK_M query rows of one query head. It walks three kinds of key blocks:
+
+- blocks before the diagonal block, from the scratch (every token is on an earlier page, hence decoded): no mask at all for
+  retrieval heads; by single pages and under the streaming mask for streaming heads, so pages outside sink and window stay unread;
+- the first page of the diagonal block as decoded, which only rows on the second page see;
+- the chunk's own tokens as written: causal, and only on the row's own page.
+
+Rows go longest first over the whole batch, so the chip drains evenly without a persistent loop.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..views import BlockLists, LayerView, PrefillBatch
+
+BLOCK = tl.constexpr(128)
+PAGE = tl.constexpr(64)
+
+
+@triton.jit
+def _accumulate(q, k, v, visible, acc, peak, total, log2_scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One online-softmax step; peak is the rows' largest logit so far in log2 units, total the sum of exp2(logit - peak)."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        logits = tl.where(visible, logits, -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(logits, 1) * log2_scale)
+    weights = tl.exp2(logits * log2_scale - new_peak[:, None])
+    decay = tl.exp2(peak - new_peak)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, new_peak, total
+
+
+@triton.jit
+def _prefill_attention(
+    query, query_token, query_head,
+    key, key_token, key_head,
+    value, value_token, value_head,
+    scratch_key, scratch_key_head, scratch_key_token,
+    scratch_value, scratch_value_head, scratch_value_token,
+    key_tiles, value_tiles,
+    out, out_token, out_head,
+    heads, tiles, starts, query_offsets, scratch_offsets,
+    blocks, blocks_row, blocks_head, counts, counts_row,
+    num_heads, sink_size, local_window, log2_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STREAMING: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """See the module's docstring. tiles: int32 [n, 3] (request, its query block, query block in the batch)."""
+    program = tl.program_id(0)
+    head_index = program % (num_heads * GROUP)
+    kv_head = tl.load(heads + head_index // GROUP)
+    head = kv_head * GROUP + head_index % GROUP
+    tile = program // (num_heads * GROUP) // (BLOCK // BLOCK_M)
+    half = program // (num_heads * GROUP) % (BLOCK // BLOCK_M)
+    request = tl.load(tiles + 3 * tile)
+    diagonal = tl.load(tiles + 3 * tile + 1)
+    start = tl.load(starts + request)
+    first_token = tl.load(query_offsets + request).to(tl.int64)
+    length = tl.load(query_offsets + request + 1) - first_token.to(tl.int32)
+    scratch = tl.load(scratch_offsets + request)
+
+    in_chunk = diagonal * BLOCK + half * BLOCK_M
+    if in_chunk >= length:
+        return
+    diagonal += start // BLOCK
+    rows = in_chunk + tl.arange(0, BLOCK_M)
+    position = start + rows
+    channels = tl.arange(0, BLOCK_D)
+    wide = (rows < length)[:, None] & (channels < HEAD_DIM)[None, :]
+    q_at = query + (first_token + rows)[:, None] * query_token + head * query_head + channels[None, :]
+    q = tl.load(q_at, mask=wide, other=0.0)
+
+    peak = tl.full([BLOCK_M], -1e38, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    if STREAMING:
+        first_position = start + in_chunk
+        own_page = first_position // PAGE
+        diagonal_page = diagonal * (BLOCK // PAGE)
+        sink_pages = tl.minimum((sink_size + PAGE - 1) // PAGE, diagonal_page)
+        window_page = tl.maximum(tl.maximum(first_position - local_window + 1, 0) // PAGE, sink_pages)
+        for i in tl.range(sink_pages + tl.maximum(diagonal_page - window_page, 0)):
+            page = tl.where(i < sink_pages, i, window_page + i - sink_pages)
+            k = key_tiles.load([kv_head.to(tl.int32), scratch + page * PAGE, 0]).reshape([PAGE, BLOCK_D])
+            v = value_tiles.load([kv_head.to(tl.int32), scratch + page * PAGE, 0]).reshape([PAGE, BLOCK_D])
+            column = page * PAGE + tl.arange(0, PAGE)
+            visible = (column[None, :] < sink_size) | (position[:, None] - column[None, :] < local_window)
+            acc, peak, total = _accumulate(q, k, v, visible, acc, peak, total, log2_scale, True, PRECISION)
+    else:
+        PARTS: tl.constexpr = BLOCK // BLOCK_N
+        row = tl.load(tiles + 3 * tile + 2).to(tl.int64)
+        num_blocks = diagonal
+        if LISTED:
+            num_blocks = tl.load(counts + row * counts_row + head) - 1
+            blocks += row * blocks_row + head * blocks_head
+        for i in tl.range(num_blocks * PARTS):
+            at = scratch + i * BLOCK_N
+            if LISTED:
+                at += (tl.load(blocks + i // PARTS) - i // PARTS) * BLOCK
+            k = key_tiles.load([kv_head.to(tl.int32), at, 0]).reshape([BLOCK_N, BLOCK_D])
+            v = value_tiles.load([kv_head.to(tl.int32), at, 0]).reshape([BLOCK_N, BLOCK_D])
+            acc, peak, total = _accumulate(q, k, v, True, acc, peak, total, log2_scale, False, PRECISION)
+
+    on_page = tl.arange(0, PAGE)
+    first_page = in_chunk // BLOCK * BLOCK
+    last_row = tl.minimum(in_chunk + BLOCK_M, length)
+    if last_row > first_page + PAGE:
+        column = start + first_page + on_page
+        at = (scratch + column)[:, None].to(tl.int64)
+        there = (channels < HEAD_DIM)[None, :]
+        k_at = scratch_key + kv_head * scratch_key_head + at * scratch_key_token + channels[None, :]
+        v_at = scratch_value + kv_head * scratch_value_head + at * scratch_value_token + channels[None, :]
+        k = tl.load(k_at, mask=there, other=0.0)
+        v = tl.load(v_at, mask=there, other=0.0)
+        visible = position[:, None] >= start + first_page + PAGE
+        if STREAMING:
+            visible &= (column[None, :] < sink_size) | (position[:, None] - column[None, :] < local_window)
+        acc, peak, total = _accumulate(q, k, v, visible, acc, peak, total, log2_scale, True, PRECISION)
+    for page in tl.range(in_chunk // PAGE, (last_row + PAGE - 1) // PAGE, num_stages=1):
+        token = page * PAGE + on_page
+        there = (token < length)[:, None] & (channels < HEAD_DIM)[None, :]
+        at = (first_token + token)[:, None]
+        k = tl.load(key + at * key_token + kv_head * key_head + channels[None, :], mask=there, other=0.0)
+        v = tl.load(value + at * value_token + kv_head * value_head + channels[None, :], mask=there, other=0.0)
+        column = start + token
+        visible = (column[None, :] <= position[:, None]) & (position[:, None] // PAGE == column[None, :] // PAGE)
+        if STREAMING:
+            visible &= (column[None, :] < sink_size) | (position[:, None] - column[None, :] < local_window)
+        acc, peak, total = _accumulate(q, k, v, visible, acc, peak, total, log2_scale, True, PRECISION)
+
+    out_at = out + (first_token + rows)[:, None] * out_token + head * out_head + channels[None, :]
+    tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=wide)
+
+
+@lru_cache(maxsize=16)
+def query_tiles(starts: tuple[int, ...], lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """The batch's query blocks, longest history first: int32 [n, 3] of (request, its query block, query block in the batch)."""
+    tiles: list[tuple[int, int, int]] = []
+    for request, length in enumerate(lengths):
+        tiles += [(request, block, len(tiles) + block) for block in range(triton.cdiv(length, BLOCK.value))]
+    tiles.sort(key=lambda tile: -(starts[tile[0]] // BLOCK.value + tile[1]))
+    table = torch.tensor(tiles, dtype=torch.int32)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def tile_shape(head_dim: int, dtype: torch.dtype, streaming: bool) -> dict[str, int]:
+    """BLOCK_M, BLOCK_N and launch options for a head size; measured on an H200 for bf16 (benchmarks/results/LOG.md)."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 32 if not streaming else 64, "num_warps": 4, "num_stages": 1}
+    if streaming:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    if head_dim > 128:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scratch_key: torch.Tensor,
+    scratch_value: torch.Tensor,
+    layer: LayerView,
+    batch: PrefillBatch,
+    block_lists: BlockLists | None,
+) -> torch.Tensor:
+    """See `kernels.prefill_attention.prefill_attention`; one launch for each head class that has heads."""
+    out = torch.empty_like(query)
+    tiles = query_tiles(batch.starts, batch.lengths, query.device)
+    for heads, streaming in ((layer.retrieval_heads, False), (layer.streaming_heads, True)):
+        if heads.numel() and len(tiles):
+            lists = None if streaming else block_lists
+            _launch(query, key, value, scratch_key, scratch_value, out, layer, batch, heads, tiles, lists, streaming)
+    return out
+
+
+def _launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scratch_key: torch.Tensor,
+    scratch_value: torch.Tensor,
+    out: torch.Tensor,
+    layer: LayerView,
+    batch: PrefillBatch,
+    heads: torch.Tensor,
+    tiles: torch.Tensor,
+    lists: BlockLists | None,
+    streaming: bool,
+) -> None:
+    """Every query tile of one head class."""
+    head_dim, group = query.shape[2], query.shape[1] // key.shape[1]
+    shape = tile_shape(head_dim, query.dtype, streaming)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    tile = [1, shape["BLOCK_N"], block_d]
+    _prefill_attention[(len(tiles) * heads.numel() * group * (BLOCK.value // shape["BLOCK_M"]),)](
+        query, query.stride(0), query.stride(1),
+        key, key.stride(0), key.stride(1),
+        value, value.stride(0), value.stride(1),
+        scratch_key, scratch_key.stride(0), scratch_key.stride(1),
+        scratch_value, scratch_value.stride(0), scratch_value.stride(1),
+        TensorDescriptor.from_tensor(scratch_key, tile), TensorDescriptor.from_tensor(scratch_value, tile),
+        out, out.stride(0), out.stride(1),
+        heads, tiles, batch.starts_device, batch.query_offsets_device, batch.scratch_offsets_device,
+        lists.blocks if lists else tiles, lists.blocks.stride(0) if lists else 0, lists.blocks.stride(1) if lists else 0,
+        lists.counts if lists else tiles, lists.counts.stride(0) if lists else 0,
+        heads.numel(), layer.sink_size, layer.local_window, layer.scale * 1.4426950408889634,
+        GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, STREAMING=streaming, LISTED=lists is not None,
+        PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee", **shape,
+    )  # fmt: skip
