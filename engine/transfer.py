@@ -10,9 +10,7 @@ pages stay in `Transfer.pending_pages` until then.
 """
 
 import asyncio
-import importlib
 import logging
-import os
 import queue
 import secrets
 import threading
@@ -26,6 +24,7 @@ import numpy as np
 import torch
 
 from .errors import FormatMismatchError, TransferError
+from .nixl_agent import Handle, NixlAgent
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +99,7 @@ class _Flight:
     start: float
     done: "Future[TransferStats]" = field(default_factory=Future)
     quiet: "Future[None]" = field(default_factory=Future)
-    handle: Any = None
+    handle: Handle = None
     quiet_at: float | None = None
 
 
@@ -259,12 +258,8 @@ class Transfer:
 
     def _run(self, agent_name: str, started: "Future[bytes]") -> None:
         try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
-            nixl = _import_nixl()
-            agent = nixl.nixl_agent(agent_name, nixl.nixl_agent_config(backends=["UCX"]))
-            registered = [agent.register_memory(tensor) for tensor in self._pools.values()]
-            started.set_result(agent.get_agent_metadata())
+            agent = NixlAgent(agent_name, self._pools.values(), self._device)
+            started.set_result(agent.metadata())
         except Exception as error:
             started.set_exception(TransferError(f"cannot start NIXL for {agent_name}: {error!r}"))
             return
@@ -283,56 +278,47 @@ class Transfer:
             for flight in flights:
                 self._poll(agent, flight)
             self._forget_retired(agent)
-        for descriptors in registered:
-            agent.deregister_memory(descriptors)
+        agent.close()
 
-    def _post(self, agent: Any, flight: _Flight) -> None:
+    def _post(self, agent: NixlAgent, flight: _Flight) -> None:
         """Start a READ, unless its caller has gone already."""
         if not flight.done.set_running_or_notify_cancel():
-            self._end(flight)
+            self._end(agent, flight)
             return
         metadata = flight.peer.metadata
         try:
             if not flight.peer.loaded:
                 if any(peer.loaded and peer.metadata.agent_name == metadata.agent_name for peer in self._retired):
                     raise TransferError(f"the connection to {metadata.agent_name} is being reset")
-                if agent.add_remote_agent(metadata.nixl) != metadata.agent_name.encode():
-                    raise TransferError(f"the NIXL metadata of {metadata.agent_name} belongs to another agent")
+                agent.add_peer(metadata.agent_name, metadata.nixl)
                 flight.peer.loaded = True
             local = _descriptors(flight.reads, self._metadata)
             remote = _descriptors(flight.reads, metadata, remote=True)
-            flight.handle = agent.initialize_xfer(
-                "READ",
-                agent.get_xfer_descs(local, self._memory),
-                agent.get_xfer_descs(remote, metadata.memory),
-                metadata.agent_name,
-            )
-            if agent.transfer(flight.handle) == "ERR":
+            flight.handle = agent.prepare_read(metadata.agent_name, local, remote)
+            if agent.post(flight.handle) == "ERR":
                 self._fail(flight, "NIXL reports an error")
         except Exception as error:
             self._fail(flight, repr(error))
 
-    def _poll(self, agent: Any, flight: _Flight) -> None:
+    def _poll(self, agent: NixlAgent, flight: _Flight) -> None:
         """See whether a READ has ended, or a failed one's quarantine."""
         if flight.quiet_at is not None:
             if time.monotonic() >= flight.quiet_at:
-                self._release(flight)
-                self._end(flight)
+                self._end(agent, flight)
             return
         if flight.handle is None:
             return  # not posted yet
         try:
-            state = agent.check_xfer_state(flight.handle)
+            state = agent.state(flight.handle)
         except Exception as error:
             self._fail(flight, repr(error))
             return
         if state == "ERR":
             self._fail(flight, "NIXL reports an error")
         elif state == "DONE":
-            self._release(flight)
             stats = TransferStats(flight.num_bytes, time.monotonic() - flight.start)
             self._warn_if_slow(flight.peer, stats)
-            self._end(flight)
+            self._end(agent, flight)
             flight.done.set_result(stats)
 
     def _fail(self, flight: _Flight, reason: str) -> None:
@@ -343,30 +329,22 @@ class Transfer:
                 self._retire(flight.peer)
         flight.done.set_exception(TransferError(f"reading from {flight.peer.metadata.agent_name} failed: {reason}"))
 
-    def _end(self, flight: _Flight) -> None:
+    def _end(self, agent: NixlAgent, flight: _Flight) -> None:
+        """Free a quiet flight's pages."""
+        if flight.handle is not None:
+            agent.release(flight.handle)
+            flight.handle = None
         with self._lock:
             self._flights.discard(flight)
         flight.quiet.set_result(None)
 
-    def _release(self, flight: _Flight) -> None:
-        if flight.handle is not None:
-            try:
-                flight.handle.release()
-            except Exception as error:
-                logger.debug("NIXL handle not released: %r", error)
-            flight.handle = None
-
-    def _forget_retired(self, agent: Any) -> None:
+    def _forget_retired(self, agent: NixlAgent) -> None:
         """Remove retired peers from NIXL, but never under a READ that may still run."""
         with self._lock:
             idle = self._retired - {flight.peer for flight in self._flights}
         for peer in idle:
-            if not peer.loaded:
-                continue
-            try:
-                agent.remove_remote_agent(peer.metadata.agent_name)
-            except Exception as error:
-                logger.debug("NIXL peer %s not removed: %r", peer.metadata.agent_name, error)
+            if peer.loaded:
+                agent.remove_peer(peer.metadata.agent_name)
         with self._lock:
             self._retired -= idle
 
@@ -383,13 +361,6 @@ class Transfer:
                 rate / 1e9,
                 _SLOW_BYTES_PER_S / 1e9,
             )
-
-
-def _import_nixl() -> Any:
-    """Load NIXL, with UCX told to read over CUDA IPC even where it sees no NVLink (0.6 GB/s over TCP otherwise)."""
-    os.environ.setdefault("UCX_CUDA_IPC_ENABLE_GET_ZCOPY", "on")
-    os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
-    return importlib.import_module("nixl._api")
 
 
 def _descriptors(reads: Sequence[PageRead], side: PeerMetadata, *, remote: bool = False) -> "np.ndarray[Any, Any]":

@@ -17,7 +17,7 @@ from lserve.engine.transfer import PageRead, PeerMetadata, Transfer
 
 pytest.importorskip("nixl", reason="NIXL is not installed")
 sys.path.insert(0, str(Path(__file__).parent))
-from transfer_peer import NUM_PAGES, make_pools  # noqa: E402
+from transfer_peer import NUM_PAGES, make_pools
 
 PAGE_BYTES = 1 << 18
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""A worker in its own process whose pools `test_transfer.py` reads. Arguments: socket path, name, format_id, page bytes."""
+"""A worker process whose pools `test_transfer.py` reads. Arguments: socket path, name, format_id, bytes per page."""
 
 import sys
 from multiprocessing.connection import Client
