@@ -186,8 +186,9 @@ class PrefixIndex:
         assert self._retrieval_pool is not None
         entry = self._retrieval.pop(chain_hash)
         self._retrieval_pool.uncache(entry.page)
-        if entry.parent in self._retrieval:
-            self._retrieval[entry.parent].num_children -= 1
+        parent = None if entry.parent is None else self._retrieval.get(entry.parent)
+        if parent is not None:
+            parent.num_children -= 1
         if chain_hash in self._streaming:  # no hit can reach it any more
             self._forget_streaming(chain_hash)
 
