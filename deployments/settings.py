@@ -1,7 +1,7 @@
 """The settings: one schema for the `args:` block of a Serve config, of cluster.yaml and of `lserve up`.
 
-This is the only YAML reader. Unknown keys and wrong values raise a one-line SettingsError that names both. Secrets do not
-stand here: the settings hold the names of environment variables, and `secret()` reads them where they are used.
+This is the only YAML reader. Unknown keys and wrong values raise a one-line SettingsError that names both. Secrets do
+not stand here: the settings hold the names of environment variables, and `secret()` reads them where they are used.
 """
 
 import os
