@@ -54,8 +54,9 @@ def quantize_rows(x: Tensor, activation_format: ActivationFormat) -> QuantizedAc
     """The CPU path of every quantizing operation: x [T, K] float32."""
     largest = MAX_CODE[activation_format]
     magnitude = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-10)
-    # the factor, not the scale, decides the codes: one rounded product is the same bits on every device
-    codes, scale = x * (largest / magnitude), magnitude / largest
+    # the factor decides the codes; computed in this order it is the same bits on every device
+    codes = x * magnitude.reciprocal().mul_(largest)
+    scale = magnitude.div_(largest)
     if activation_format == "fp8":
         return QuantizedActivation(codes.clamp_(-largest, largest).to(torch.float8_e4m3fn), scale)
     codes = codes.round_().clamp_(-largest, largest).to(torch.int8)

@@ -34,8 +34,9 @@ class W8Weight:
 class W4Weight:
     """Two levels: weight[n, k] is (code[n, k] * step[g, n] + minimum[g, n]) * scale[n], with g = k // 128.
 
-    codes: uint8 [N, G * 64], G = ceil(K / 128): byte 64 g + j holds channel 128 g + j in its low nibble and channel
-        128 g + 64 + j in its high one, so both halves of a group are used without interleaving; channels past K hold 0.
+    codes: uint8 [G, N, 64], G = ceil(K / 128): byte j of group g holds channel 128 g + j in its low nibble and channel
+        128 g + 64 + j in its high one, so both halves of a group are used without interleaving, and what a block of
+        output channels needs of a group is one run of bytes; channels past K hold 0.
     step: uint8 [G, N]; minimum: int8 [G, N]. What they decode to, code * step + minimum, fits int8.
     scale: float32 [N].
     semaphores: int32 [ceil(N / 32)] zeros, the count of finished parts per output tile where a launch splits K; every
@@ -52,7 +53,7 @@ class W4Weight:
     @property
     def out_features(self) -> int:
         """N, the output channels."""
-        return self.codes.shape[0]
+        return self.codes.shape[1]
 
 
 def quantize_w8(weight: Tensor, dtype: torch.dtype) -> W8Weight:
@@ -100,7 +101,7 @@ def quantize_w4(weight: Tensor) -> W4Weight:
         codes.view(num_rows, -1)[:, in_features:] = 0
     packed = codes[..., : GROUP // 2] | (codes[..., GROUP // 2 :] << 4)
     return W4Weight(
-        codes=packed.reshape(num_rows, num_groups * GROUP // 2).contiguous(),
+        codes=packed.transpose(0, 1).contiguous(),
         step=best_step.squeeze(-1).to(torch.uint8).t().contiguous(),
         minimum=best_minimum.squeeze(-1).to(torch.int8).t().contiguous(),
         scale=scale,
@@ -111,11 +112,10 @@ def quantize_w4(weight: Tensor) -> W4Weight:
 
 def decode_w4(weight: W4Weight) -> W8Weight:
     """The same numbers with int8 codes: exact, since both levels are integers."""
-    num_rows = weight.out_features
-    packed = weight.codes.view(num_rows, -1, GROUP // 2)
-    codes = torch.cat((packed & 15, packed >> 4), dim=-1).to(torch.int16)
-    codes.mul_(weight.step.t().unsqueeze(-1)).add_(weight.minimum.t().unsqueeze(-1))
-    return W8Weight(codes.view(num_rows, -1)[:, : weight.in_features].to(torch.int8).contiguous(), weight.scale)
+    codes = torch.cat((weight.codes & 15, weight.codes >> 4), dim=-1).to(torch.int16)
+    codes.mul_(weight.step.unsqueeze(-1)).add_(weight.minimum.unsqueeze(-1))
+    rows = codes.to(torch.int8).transpose(0, 1).reshape(weight.out_features, -1)
+    return W8Weight(rows[:, : weight.in_features].contiguous(), weight.scale)
 
 
 def _encode(values: Tensor, step: Tensor, minimum: Tensor) -> Tensor:
