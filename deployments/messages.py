@@ -9,7 +9,11 @@
 
 from dataclasses import dataclass
 
-from lserve.engine.request import Request, SampledToken
+from lserve.engine.handoff import ChunkReady
+from lserve.engine.request import Request
+from lserve.engine.transfer import PeerMetadata
+
+__all__ = ["ChunkReady", "LeaseCall", "PrefillRequest", "PrefillStarted", "PrefixHint", "WorkerInfo", "WorkerLoad"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,33 +59,30 @@ class PrefillRequest:
     """Asks a prefill worker for a prompt's pages.
 
     have_tokens: leading tokens whose pages the decode worker holds already: they are not announced.
+    known_tokens: the longest prefix that the directory knows; worth looking for in Redis.
     prefer: prefill workers to call, best first; read by `routing.AddressedRouter`, not by the worker.
     """
 
     request: Request
     have_tokens: int = 0
+    known_tokens: int = 0
     prefer: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkReady:
-    """One finished chunk of a prompt, ready to be pulled under one lease.
+class PrefillStarted:
+    """The first thing a prefill worker says: who it is, and what is needed to read from its pools."""
 
-    start, end: the chunk's token positions. retrieval_pages, streaming_pages: (page index, page id) pairs, where the
-    page index is position // page_size and the page id belongs to the prefill worker's pool.
-    tail_row: row of the prefill worker's tail pool that holds the incomplete page; only with the last chunk.
-    first_tokens: first token of each choice; only with the last chunk.
-    num_cached_tokens: prompt tokens that the prefill worker took from a prefix cache.
+    worker_id: str
+    peer: PeerMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseCall:
+    """Extends or releases leases at the worker that granted them: (lease id, generation) pairs.
+
+    prefer: that worker alone; should another answer in its place, every lease is `gone` there.
     """
 
-    request_id: str
-    lease_id: int
-    generation: int
-    start: int
-    end: int
-    retrieval_pages: tuple[tuple[int, int], ...]
-    streaming_pages: tuple[tuple[int, int], ...]
-    tail_row: int | None = None
-    first_tokens: tuple[SampledToken, ...] = ()
-    last: bool = False
-    num_cached_tokens: int = 0
+    leases: tuple[tuple[int, int], ...]
+    prefer: tuple[str, ...]

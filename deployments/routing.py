@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ray import serve
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
-from .messages import PrefillRequest, PrefixHint
+from .messages import LeaseCall, PrefillRequest, PrefixHint
 
 
 def own_worker_id() -> str:
@@ -38,6 +38,6 @@ class AddressedRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
 
 def _preference(arguments: Sequence[object]) -> tuple[str, ...]:
     for argument in arguments:
-        if isinstance(argument, PrefixHint | PrefillRequest):
+        if isinstance(argument, PrefixHint | PrefillRequest | LeaseCall):
             return argument.prefer
     return ()

@@ -1,7 +1,7 @@
 """Write, select, attend: the only file that calls kernels for attention.
 
-Each step object is the model's `attend` callback for one batch: it writes the new keys and values of a layer, reads back or
-selects what the queries may see, and attends.
+Each step object is the model's `attend` callback for one batch: it writes the new keys and values of a layer, reads
+back or selects what the queries may see, and attends.
 """
 
 import torch
@@ -52,7 +52,10 @@ class PrefillStep:
             self._written.append((slice(first, first + len(whole) * PAGE_SIZE), ids))
             first += chunk.length
         self._read = {
-            name: (torch.tensor(ids, dtype=torch.int64, device=device), torch.tensor(at, dtype=torch.int64, device=device))
+            name: (
+                torch.tensor(ids, dtype=torch.int64, device=device),
+                torch.tensor(at, dtype=torch.int64, device=device),
+            )
             for name, (ids, at) in read.items()
         }
 

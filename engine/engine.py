@@ -1,13 +1,14 @@
 """One worker's engine: `add_request`, `step`, `abort`. A step reads: schedule, run, postprocess.
 
-An engine is used from one thread. It serves three kinds of worker: one that does everything (`add_request(request)`), one that
-prefills and hands over (`prefill_only=True`: chunks are announced under leases), and one that decodes what was prefilled
-elsewhere (`hold=True`: pages are reserved, then filled from outside, then `begin_decode`).
+An engine is used from one thread. It serves three kinds of worker: one that does everything (`add_request(request)`),
+one that prefills and hands over (`prefill_only=True`: chunks are announced under leases), and one that decodes what
+was prefilled elsewhere (`hold=True`: pages are reserved, then filled from outside, then `begin_decode`).
 """
 
 import time
-from collections.abc import Iterable, Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,7 +17,6 @@ from .config import BLOCK_SIZE, PAGE_SIZE, EngineConfig
 from .detokenizer import Detokenizer
 from .errors import DeadlineExceededError, InvalidRequestError, LServeError, PromptTooLongError
 from .handoff import ChunkReady
-from .head_profile import HeadProfile
 from .kv_cache import KVCache
 from .leases import LeaseTable
 from .loading import LoadedModel, load
@@ -24,29 +24,45 @@ from .page_pool import PagePool
 from .pool_sizes import PoolSizes, pool_sizes
 from .prefix_index import PrefixIndex
 from .request import FinishReason, Output, Request, SampledToken, SamplingParams
-from .residency import Residency
+from .residency import Residency, resume_points
 from .runner import Runner
-from .sampling import SamplingRow, sample, validate
+from .sampling import SamplingRow, TokenHistory, sample, validate
 from .scheduler import Scheduler
 from .sequence import PrefillChunk, Sequence, State
 from .swap import HostSwap
 
-LEASE_TTL_S = 30.0
+
+@dataclass(frozen=True, slots=True)
+class WrittenPages:
+    """Whole pages that prefill computed in this step and that others may reuse: (chain hash, page id) pairs.
+
+    resume_points: (tokens, chain hash) of the resume points now complete, for the directory.
+    """
+
+    retrieval: tuple[tuple[bytes, int], ...]
+    streaming: tuple[tuple[bytes, int], ...]
+    resume_points: tuple[tuple[int, bytes], ...]
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step brought: new output, announced chunks, requests whose pages are now reserved, and failed requests."""
+    """What a step brought: new output, announced chunks, requests whose pages are now reserved, pages, failed requests.
+
+    Pages in `written` may be overwritten by the next step: copy them before it.
+    """
 
     outputs: list[Output] = field(default_factory=list)
     chunks: list[ChunkReady] = field(default_factory=list)
     admitted: list["Reservation"] = field(default_factory=list)
+    written: list[WrittenPages] = field(default_factory=list)
     errors: list[tuple[str, LServeError]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Pages that a held request owns: retrieval page ids by page index, streaming ids by index, its row, and the hit."""
+    """Pages that a held request owns: retrieval page ids by page index, streaming ids by index, its row, and the
+    hit.
+    """
 
     request_id: str
     retrieval_pages: tuple[int, ...]
@@ -72,10 +88,17 @@ class EngineLoad:
 class Engine:
     """The engine of one worker, over one model on one device."""
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel, secret: bytes = b"", sizes: PoolSizes | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        loaded: LoadedModel,
+        secret: bytes = b"",
+        sizes: PoolSizes | None = None,
+        lease_ttl_s: float = 30.0,
+    ) -> None:
         self.config, self.model_config, self.tokenizer = config, loaded.model.config, loaded.tokenizer
         self.page_format = loaded.page_format
-        self._secret = secret
+        self._secret, self.lease_ttl_s = secret, lease_ttl_s
         sparsity = loaded.sparsity
         limit = config.scheduler.max_model_len or self.model_config.max_position
         self.max_model_len = min(limit, self.model_config.max_position)
@@ -120,6 +143,7 @@ class Engine:
         self._runner = Runner(loaded.model, self.cache, sparsity)
         self._live: dict[str, list[Sequence]] = {}
         self._detokenizers: dict[Sequence, Detokenizer] = {}
+        self._histories: dict[Sequence, TokenHistory] = {}
         self._have_tokens: dict[str, int] = {}
         self._pending: list[Output] = []
 
@@ -139,7 +163,8 @@ class Engine:
     ) -> None:
         """Queues a request. Raises InvalidRequestError, PromptTooLongError or CapacityError, and then keeps nothing.
 
-        prefill_only: hand over after prefill, announcing chunks from have_tokens on. hold: stop once pages are reserved.
+        prefill_only: hand over after prefill, announcing chunks from have_tokens on. hold: stop once pages are
+        reserved.
         """
         if request.request_id in self._live:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
@@ -259,7 +284,9 @@ class Engine:
         if pages > self.retrieval_pool.num_pages:
             raise PromptTooLongError(f"the request needs {pages} pages, the pool has {self.retrieval_pool.num_pages}")
         if request.sampling.n > self.config.scheduler.max_batch_size:
-            raise InvalidRequestError(f"n must be at most {self.config.scheduler.max_batch_size}, got {request.sampling.n}", param="n")
+            raise InvalidRequestError(
+                f"n must be at most {self.config.scheduler.max_batch_size}, got {request.sampling.n}", param="n"
+            )
 
     def _lead(self, request_id: str) -> Sequence:
         return self._live[request_id][0]
@@ -288,7 +315,9 @@ class Engine:
     def _after_decode(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         for sequence in sequences:
             sequence.num_computed, sequence.fresh = sequence.num_tokens, False
-        for sequence, token in zip(sequences, sample(logits, [_sampling_row(s, s.choice) for s in sequences]), strict=True):
+        for sequence, token in zip(
+            sequences, sample(logits, [self._sampling_row(s, s.choice) for s in sequences]), strict=True
+        ):
             self._emit(sequence, token)
             if sequence.state is State.RUNNING:
                 self.scheduler.drop_stale_streaming(sequence)
@@ -298,9 +327,11 @@ class Engine:
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
             self._publish(chunk.sequence, chunk.end)
+            if chunk.sequence.chain:
+                result.written.append(self._written(chunk))
             if chunk.is_last:
                 sequence = chunk.sequence
-                rows += [_sampling_row(sequence, sequence.choice + i) for i in range(sequence.num_forks + 1)]
+                rows += [self._sampling_row(sequence, sequence.choice + i) for i in range(sequence.num_forks + 1)]
                 counts.append(sequence.num_forks + 1)
         drawn = sample(logits.repeat_interleave(torch.tensor(counts, device=logits.device), 0), rows) if rows else []
         for chunk in chunks:
@@ -324,10 +355,13 @@ class Engine:
         for sequence, token in zip(choices, first_tokens, strict=True):
             self.scheduler.start_decode(sequence)
             self._detokenizers[sequence] = self._detokenizer(sequence)
+            self._histories.setdefault(sequence, TokenHistory())
             self._emit(sequence, token)
 
     def _detokenizer(self, sequence: Sequence) -> Detokenizer:
-        """A stop finder for the choice, primed with what another worker already sent (or, recomputed, with its own output)."""
+        """A stop finder for the choice, primed with what another worker already sent (or, recomputed, with its own
+        output).
+        """
         existing = self._detokenizers.get(sequence)
         if existing is not None:
             return existing
@@ -366,34 +400,55 @@ class Engine:
         self.scheduler.finish(sequence)
         self._swap.discard(sequence)
         self._detokenizers.pop(sequence, None)
+        self._histories.pop(sequence, None)
 
     def _publish(self, sequence: Sequence, end: int) -> None:
-        """Puts the chunk's whole pages into the worker's prefix index: all retrieval pages, and the streaming ones to keep."""
+        """Puts the chunk's whole pages into the worker's prefix index: all retrieval pages, and the streaming ones to
+        keep.
+        """
         if self.index is None or not sequence.chain:
             return
         last = min(end // PAGE_SIZE, len(sequence.chain))
-        kept = self.residency.streaming_pages_kept(sequence.num_prefill)
+        kept = set(self.residency.streaming_pages_kept(sequence.num_prefill))
         self.index.insert(
             sequence.chain[:last],
             sequence.retrieval_pages[:last],
             {i: p for i, p in sequence.streaming_pages.items() if i in kept and i < last},
         )
 
+    def _written(self, chunk: PrefillChunk) -> WrittenPages:
+        sequence = chunk.sequence
+        whole = range(chunk.start // PAGE_SIZE, min(chunk.end // PAGE_SIZE, len(sequence.chain)))
+        kept = set(self.residency.streaming_pages_kept(sequence.num_prefill))
+        retrieval = whole if self.page_format.num_retrieval_slots else range(0)
+        points = [p for p in resume_points(sequence.num_prefill) if chunk.start < p <= chunk.end]
+        return WrittenPages(
+            tuple((sequence.chain[i], sequence.retrieval_pages[i]) for i in retrieval),
+            tuple((sequence.chain[i], p) for i, p in sequence.streaming_pages.items() if i in kept and i in whole),
+            tuple((p, sequence.chain[p // PAGE_SIZE - 1]) for p in points),
+        )
+
     def _announce(self, chunk: PrefillChunk, first: list[SampledToken], result: StepResult) -> None:
-        """Leases the chunk's pages that the decode worker lacks and, with the last chunk, the tail row; then lets go."""
+        """Leases the chunk's pages that the decode worker lacks and, with the last chunk, the tail row; then lets
+        go.
+        """
         sequence = chunk.sequence
         have = max(self._have_tokens[sequence.request_id], 0) // PAGE_SIZE
         begin = have if chunk.start == sequence.num_cached else max(have, chunk.start // PAGE_SIZE)
         whole = range(begin, chunk.end // PAGE_SIZE)
-        wanted = self.residency.streaming_pages_for_decode(sequence.num_prefill)
-        retrieval = tuple((i, sequence.retrieval_pages[i]) for i in whole) if self.page_format.num_retrieval_slots else ()
-        streaming = tuple((i, sequence.streaming_pages[i]) for i in whole if i in wanted and i in sequence.streaming_pages)
+        wanted = set(self.residency.streaming_pages_for_decode(sequence.num_prefill))
+        retrieval = (
+            tuple((i, sequence.retrieval_pages[i]) for i in whole) if self.page_format.num_retrieval_slots else ()
+        )
+        streaming = tuple(
+            (i, sequence.streaming_pages[i]) for i in whole if i in wanted and i in sequence.streaming_pages
+        )
         row = sequence.row if chunk.is_last else None
         self.retrieval_pool.share([p for _, p in retrieval])
         self.streaming_pool.share([p for _, p in streaming])
         if row is not None:
             self.row_pool.share([row])
-        lease = self.leases.grant([p for _, p in retrieval], [p for _, p in streaming], row, LEASE_TTL_S)
+        lease = self.leases.grant([p for _, p in retrieval], [p for _, p in streaming], row, self.lease_ttl_s)
         result.chunks.append(
             ChunkReady(
                 sequence.request_id,
@@ -414,14 +469,14 @@ class Engine:
             self._live.pop(sequence.request_id, None)
             self._have_tokens.pop(sequence.request_id, None)
 
+    def _sampling_row(self, sequence: Sequence, choice: int) -> SamplingRow:
+        """What the sampler needs to draw the sequence's next token, as if it were the given choice."""
+        prompt = len(sequence.request.prompt_token_ids)
+        history = self._histories.get(sequence)
+        return SamplingRow(sequence.request.sampling, choice, sequence.num_tokens, sequence.token_ids, prompt, history)
+
     def _release_lease(self, retrieval: SequenceOf[int], streaming: SequenceOf[int], row: int | None) -> None:
         self.retrieval_pool.release(list(retrieval))
         self.streaming_pool.release(list(streaming))
         if row is not None:
             self.row_pool.release([row])
-
-
-def _sampling_row(sequence: Sequence, choice: int) -> SamplingRow:
-    """What the sampler needs to draw the sequence's next token."""
-    prompt = len(sequence.request.prompt_token_ids)
-    return SamplingRow(sequence.request.sampling, choice, sequence.num_tokens, sequence.token_ids, prompt)

@@ -49,7 +49,9 @@ class KVCache:
         self.layers = [self._layer_view(layer, flags[layer], model, sparsity) for layer in range(model.num_layers)]
         self.selections = [Selection(self.selected[i], self.selected_counts[i]) for i in range(model.num_layers)]
 
-    def _layer_view(self, layer: int, streaming: torch.Tensor, model: ModelConfig, sparsity: SparsityConfig) -> LayerView:
+    def _layer_view(
+        self, layer: int, streaming: torch.Tensor, model: ModelConfig, sparsity: SparsityConfig
+    ) -> LayerView:
         first_retrieval, first_streaming = self.page_format.first_slots(layer)
         return LayerView(
             layout=self.page_format.layout,

@@ -1,7 +1,7 @@
 """The page format: which slot of a page belongs to which layer and head, and what identifies the numbers in it.
 
-A page holds 64 tokens for every slot of one head class: all retrieval slots of all layers in a retrieval page, all streaming
-slots in a streaming page. The same bytes are the device page, the transfer unit and the Redis value.
+A page holds 64 tokens for every slot of one head class: all retrieval slots of all layers in a retrieval page, all
+streaming slots in a streaming page. The same bytes are the device page, the transfer unit and the Redis value.
 """
 
 import hashlib

@@ -26,8 +26,8 @@ class PoolSizes:
 def pool_sizes(config: EngineConfig, page_format: PageFormat, max_model_len: int) -> PoolSizes:
     """Pool sizes for one worker. Raises SettingsError when not even one request of full length fits.
 
-    Without explicit sizes a worker takes 2 GiB on a CPU and 80 % of what is free on a GPU; streaming pages get what every
-    row needs, plus a share that the prefix cache's resume points use (a window in every 1,024 tokens).
+    Without explicit sizes a worker takes 2 GiB on a CPU and 80 % of what is free on a GPU; streaming pages get what
+    every row needs, plus a share that the prefix cache's resume points use (a window in every 1,024 tokens).
     """
     sparsity, scheduler = config.sparsity, config.scheduler
     rows = scheduler.max_batch_size + SPARE_ROWS
@@ -41,7 +41,9 @@ def pool_sizes(config: EngineConfig, page_format: PageFormat, max_model_len: int
             retrieval_bytes -= needed * page_format.streaming_page_bytes
             share = sparsity.local_window / PAGE_SIZE / 16 * page_format.streaming_page_bytes
             retrieval_bytes = int(retrieval_bytes / (1 + share / max(page_format.retrieval_page_bytes, 1)))
-    retrieval = retrieval_bytes // max(page_format.retrieval_page_bytes, 1) if page_format.num_retrieval_slots else 1 << 20
+    retrieval = (
+        retrieval_bytes // max(page_format.retrieval_page_bytes, 1) if page_format.num_retrieval_slots else 1 << 20
+    )
     if retrieval < max_model_len // PAGE_SIZE + 2:
         wanted = (max_model_len // PAGE_SIZE + 2) * page_format.retrieval_page_bytes
         raise SettingsError(

@@ -17,7 +17,9 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(self, chunks: list[PrefillChunk]) -> torch.Tensor:
-        """Computes the chunks; returns float32 logits [chunks that end a prefill, vocabulary] after their last token."""
+        """Computes the chunks; returns float32 logits [chunks that end a prefill, vocabulary] after their last
+        token.
+        """
         device = self._cache.device
         tokens = [t for c in chunks for t in c.sequence.token_ids[c.start : c.end]]
         positions = torch.cat([torch.arange(c.start, c.end) for c in chunks])

@@ -1,8 +1,8 @@
 """The whole scheduling policy: who is admitted, which chunks and tokens a step computes, who is preempted. No torch.
 
-A sequence is admitted when pages for its whole input (and rows for all its choices) are there, oldest first; swapped-out
-sequences go before new ones. A step takes one token of every running sequence and up to `chunk_size` prompt tokens. When
-decode runs out of pages the youngest running sequence is preempted.
+A sequence is admitted when pages for its whole input (and rows for all its choices) are there, oldest first;
+swapped-out sequences go before new ones. A step takes one token of every running sequence and up to `chunk_size`
+prompt tokens. When decode runs out of pages the youngest running sequence is preempted.
 """
 
 from collections import deque
@@ -30,8 +30,8 @@ class Plan:
 class Scheduler:
     """Owns the queues and the page tables of all sequences of one engine.
 
-    swap_out(sequence) -> bool copies its pages to host memory before they are released; False means that memory is full,
-    and the sequence is recomputed instead. has_retrieval, has_streaming: whether a class has any slots.
+    swap_out(sequence) -> bool copies its pages to host memory before they are released; False means that memory is
+    full, and the sequence is recomputed instead. has_retrieval, has_streaming: whether a class has any slots.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class Scheduler:
         self.drop_stale_streaming(sequence)
 
     def fork(self, lead: Sequence) -> list[Sequence]:
-        """Sequences for the request's further choices, sharing the lead's whole pages; call after prefill, before start_decode.
+        """Sequences for the request's further choices, sharing the lead's whole pages; call after prefill, before
+        start_decode.
 
         Each takes one of the lead's fork rows; the caller copies the tail. Raises CapacityError when the pages of the
         incomplete page are short.
@@ -140,7 +141,9 @@ class Scheduler:
         sequence.state = State.FINISHED
 
     def preempt(self, sequence: Sequence) -> None:
-        """Moves a running sequence out of device memory: to host memory, or back to the waiting queue to be recomputed."""
+        """Moves a running sequence out of device memory: to host memory, or back to the waiting queue to be
+        recomputed.
+        """
         self.running.remove(sequence)
         if self._swap_out(sequence):
             self._release(sequence)
@@ -170,7 +173,9 @@ class Scheduler:
                 return
             try:
                 sequence.retrieval_pages = self._retrieval.allocate(count if self._has_retrieval else 0)
-                self.reserve_streaming(sequence, [*self._residency.streaming_pages_to_resume(sequence.position), count - 1])
+                self.reserve_streaming(
+                    sequence, [*self._residency.streaming_pages_to_resume(sequence.position), count - 1]
+                )
             except CapacityError:
                 sequence.fork_rows = rows
                 self._release(sequence)
@@ -195,12 +200,15 @@ class Scheduler:
                 self.prefilling.append(sequence)
 
     def _reserve(self, sequence: Sequence) -> bool:
-        """Takes the prefix hit, then pages for the whole input and the first output token, and rows for every choice."""
+        """Takes the prefix hit, then pages for the whole input and the first output token, and rows for every
+        choice.
+        """
         busy = len(self.running) + len(self.prefilling) + len(self.held) + sum(len(s.fork_rows) for s in self._seated())
-        if busy + 1 + sequence.num_forks > self._config.max_batch_size:
+        seats = 1 if sequence.prefill_only else 1 + sequence.num_forks
+        if busy + seats > self._config.max_batch_size:
             return False
         try:
-            rows = self._rows.allocate(1 + sequence.num_forks)
+            rows = self._rows.allocate(seats)
         except CapacityError:
             return False
         sequence.row, sequence.fork_rows = rows[0], rows[1:]

@@ -8,7 +8,9 @@ from .request import Request
 
 
 class State(Enum):
-    """Where a sequence is. WAITING holds nothing; SWAPPED holds host memory; every other state holds pages and a row."""
+    """Where a sequence is. WAITING holds nothing; SWAPPED holds host memory; every other state holds pages and a
+    row.
+    """
 
     WAITING = auto()
     HELD = auto()

@@ -36,12 +36,14 @@ def write_pages(
     layout: SlotLayout,
     valid: torch.Tensor | None = None,
 ) -> None:
-    """Quantizes N whole pages of H heads into one class's pool (DESIGN.md section 3: keys per channel, values per token).
+    """Quantizes N whole pages of H heads into one class's pool (DESIGN.md section 3: keys per channel, values per
+    token).
 
-    key, value: [N, P, heads of the source, D], any strides with the last one 1. heads: int64 [H], which of the source's heads.
-    pool: uint8 [pages, slots, slot_bytes]. page_ids: int64 [N]. slots: int64 [H], where head h goes.
+    key, value: [N, P, heads of the source, D], any strides with the last one 1. heads: int64 [H], which of the
+    source's heads. pool: uint8 [pages, slots, slot_bytes]. page_ids: int64 [N]. slots: int64 [H], where head h goes.
     valid: bool [N] on the device; pages whose entry is False are left alone (decode seals inside a CUDA graph).
-    Codes are floor((x - min) / step + 0.5) in float32 with the fp16-rounded min (down) and step (up), clamped to the levels.
+    Codes are floor((x - min) / step + 0.5) in float32 with the fp16-rounded min (down) and step (up), clamped to the
+    levels.
     """
     if key.is_cuda:
         from .gpu import kv_write as gpu

@@ -19,12 +19,12 @@ def prefill_attention(
     """Attention of a ragged batch of chunks; returns [T, Hq, D] in the query's dtype, V still rotated.
 
     query: [T, Hq, D] after RoPE, unscaled. key, value: [T, Hkv, D], the chunk's tokens as written.
-    scratch_key, scratch_value: [Hkv, tokens, D], the requests' whole pages up to the chunk's end as they decode (`read_pages`),
-    position i of request b at batch.scratch_offsets[b] + i; what no head may read is undefined.
+    scratch_key, scratch_value: [Hkv, tokens, D], the requests' whole pages up to the chunk's end as they decode
+    (`read_pages`), position i of request b at batch.scratch_offsets[b] + i; what no head may read is undefined.
 
-    A query sees its own page (position // P) as written, every earlier page as it decodes. A streaming head at position t reads
-    token i when i <= t and (i < sink_size or t - i < local_window), exactly; a retrieval head all i <= t, or, where block_lists
-    is given, the listed 128-token key blocks. Accumulation is float32.
+    A query sees its own page (position // P) as written, every earlier page as it decodes. A streaming head at
+    position t reads token i when i <= t and (i < sink_size or t - i < local_window), exactly; a retrieval head all i
+    <= t, or, where block_lists is given, the listed 128-token key blocks. Accumulation is float32.
     """
     if query.is_cuda:
         from .gpu import prefill_attention as gpu

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 
 NUM_LEVELS = {"float32": 1, "bf16": 1, "int8": 255, "k8v4": 255, "int4": 15}
-"""Quantization steps of a key's range per kv_dtype. Float formats carry the range as plain statistics, hence one step."""
+"""Quantization steps of a key's range per kv_dtype. Float formats carry the range as plain statistics, hence one
+step.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,10 +16,10 @@ class SlotLayout:
 
     With P = page_size, D = head_dim, G = P // logical_page_size groups, the parts are, in this order:
 
-    - key codes at 0: [P, D] in the float format, or [P, D] uint8 for 8 bits, or [P/2, D] uint8 for 4 bits, where byte (t, d)
-      holds token t in its low nibble and token t + P/2 in its high nibble (no interleave is needed to unpack);
-    - key_min, key_step: fp16 [G, D] each. Decoded key = min + step * code; float formats decode to the stored value. The keys of a
-      logical page lie within [min, min + step * key_levels] for every format (rounded outward), so
+    - key codes at 0: [P, D] in the float format, or [P, D] uint8 for 8 bits, or [P/2, D] uint8 for 4 bits, where byte
+      (t, d) holds token t in its low nibble and token t + P/2 in its high nibble (no interleave is needed to unpack);
+    - key_min, key_step: fp16 [G, D] each. Decoded key = min + step * code; float formats decode to the stored value.
+      The keys of a logical page lie within [min, min + step * key_levels] for every format (rounded outward), so
       centre = min + step * key_levels / 2 and radius = step * key_levels / 2 bound the scores;
     - value codes at value_codes, packed as the keys' are;
     - value_min, value_step: fp16 [P] each, per token (absent in float formats, where both offsets equal slot_bytes).
@@ -75,7 +77,14 @@ def make_slot_layout(kv_dtype: str, head_dim: int, logical_page_size: int = 32, 
     value_bits = 4 if kv_dtype == "k8v4" else key_bits
     statistics = page_size // logical_page_size * head_dim * 2
     scales = 0 if kv_dtype in ("float32", "bf16") else page_size * 2
-    sizes = (page_size * head_dim * key_bits // 8, statistics, statistics, page_size * head_dim * value_bits // 8, scales, scales)
+    sizes = (
+        page_size * head_dim * key_bits // 8,
+        statistics,
+        statistics,
+        page_size * head_dim * value_bits // 8,
+        scales,
+        scales,
+    )
     offsets = [0]
     for size in sizes:
         offsets.append((offsets[-1] + size + 15) // 16 * 16)

@@ -11,13 +11,15 @@ from .slot_layout import SlotLayout
 class LayerView:
     """One layer's share of the pools and of the tail pool.
 
-    Shapes use Hkv = KV heads, D = head_dim, P = page_size. A head class's slots of one layer are consecutive, in head order.
+    Shapes use Hkv = KV heads, D = head_dim, P = page_size. A head class's slots of one layer are consecutive, in head
+    order.
 
     retrieval_pool, streaming_pool: uint8 [pages, slots of the class over all layers, slot_bytes].
     head_slots: int32 [Hkv], each head's slot in its own class's pool. head_streaming: bool [Hkv].
     retrieval_heads, streaming_heads: int64, the KV heads of each class, ascending (either may be empty).
     tail_key, tail_value: compute dtype [rows, Hkv, P, D], strided views of the tail pool; V is rotated.
-    sink_size, local_window: tokens a streaming head keeps; always-kept pages of a retrieval head. scale: head_dim ** -0.5.
+    sink_size, local_window: tokens a streaming head keeps; always-kept pages of a retrieval head. scale: head_dim **
+    -0.5.
     """
 
     layout: SlotLayout
@@ -41,8 +43,9 @@ class DecodeBatch:
     """One new token for each of B sequences.
 
     rows: int64 [B], each sequence's row in the tail pool and the selection state.
-    positions: int64 [B], the new token's position; its own page is positions // P, whose tokens so far lie in the tail row.
-    retrieval_table, streaming_table: int32 [B, pages], page ids by page index; streaming entries outside sink and window are
+    positions: int64 [B], the new token's position; its own page is positions // P, whose tokens so far lie in the
+    tail row. retrieval_table, streaming_table: int32 [B, pages], page ids by page index; streaming entries outside
+    sink and window are
         never read, nor entries at or past the own page.
     budget_pages: int32 [B], pages (the own one included) that a retrieval head may read. A sequence whose pages all fit
         (positions // P + 1 <= budget_pages) reads everything; so a dense request just has a huge budget.
@@ -62,8 +65,9 @@ class DecodeBatch:
 class Selection:
     """A layer's page choices, kept between steps.
 
-    pages: int32 [rows, Hkv, J], page indices (not ids), ascending, own page excluded; entries past the count are undefined.
-    counts: int32 [rows, Hkv]. Only retrieval heads of sequences that do not fit their budget are written or read.
+    pages: int32 [rows, Hkv, J], page indices (not ids), ascending, own page excluded; entries past the count are
+    undefined. counts: int32 [rows, Hkv]. Only retrieval heads of sequences that do not fit their budget are written
+    or read.
     """
 
     pages: torch.Tensor
@@ -74,8 +78,9 @@ class Selection:
 class PrefillBatch:
     """Chunks of B requests, their T tokens laid end to end.
 
-    starts: each chunk's first position, a multiple of 128. lengths: tokens of each chunk. scratch_offsets: where position 0
-    of each request lies in the scratch. Host tuples; `*_device` are the same as int32 [B] (query_offsets int32 [B + 1]).
+    starts: each chunk's first position, a multiple of 128. lengths: tokens of each chunk. scratch_offsets: where
+    position 0 of each request lies in the scratch. Host tuples; `*_device` are the same as int32 [B] (query_offsets
+    int32 [B + 1]).
     """
 
     starts: tuple[int, ...]
@@ -109,8 +114,8 @@ class BlockLists:
     """Key blocks that each query block of each query head reads (dynamic prefill).
 
     Query blocks are numbered over the batch in order (request by request, ceil(length / 128) each).
-    blocks: int32 [query blocks, Hq, max blocks], key block indices (position // 128), ascending, the diagonal block last.
-    counts: int32 [query blocks, Hq]. Rows of streaming heads are not read.
+    blocks: int32 [query blocks, Hq, max blocks], key block indices (position // 128), ascending, the diagonal block
+    last. counts: int32 [query blocks, Hq]. Rows of streaming heads are not read.
     """
 
     blocks: torch.Tensor

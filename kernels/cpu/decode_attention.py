@@ -7,7 +7,9 @@ from .codec import decode_keys, decode_values, gather_slots
 
 
 def tail_logits(query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Scores of the own page: query [B, H, G, D] (scaled), keys [B, H, P, D] to [B, H, G, P], -inf past the new token."""
+    """Scores of the own page: query [B, H, G, D] (scaled), keys [B, H, P, D] to [B, H, G, P], -inf past the new
+    token.
+    """
     later = torch.arange(keys.shape[2]) > (positions % keys.shape[2])[:, None]
     return (query @ keys.transpose(2, 3)).masked_fill_(later[:, None, None], -torch.inf)
 
@@ -89,9 +91,7 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
         tail_key, tail_value = layer.tail_key[batch.rows].float(), layer.tail_value[batch.rows].float()
         if not whole:
             tail_key, tail_value = tail_key[:, heads], tail_value[:, heads]
-        attended = _attend(
-            grouped if whole else grouped[:, heads], data, readable, tail_key, tail_value, layer, batch
-        )
+        attended = _attend(grouped if whole else grouped[:, heads], data, readable, tail_key, tail_value, layer, batch)
         if whole:
             out = attended
         else:

@@ -15,7 +15,9 @@ def page_bounds(query: torch.Tensor, centre: torch.Tensor, radius: torch.Tensor)
     return bound.unflatten(2, centre.shape[2:4]).amax(3)
 
 
-def _statistics(pool: torch.Tensor, page_ids: torch.Tensor, first_slot: int, heads: int, layout: SlotLayout) -> torch.Tensor:
+def _statistics(
+    pool: torch.Tensor, page_ids: torch.Tensor, first_slot: int, heads: int, layout: SlotLayout
+) -> torch.Tensor:
     """Bytes of the key statistics, uint8 [B * heads * pages, value_codes - key_min], of page_ids [B, pages]."""
     words = pool.view(torch.int64)[:, first_slot : first_slot + heads, layout.key_min // 8 : layout.value_codes // 8]
     gathered = words[page_ids].transpose(1, 2)
@@ -23,7 +25,9 @@ def _statistics(pool: torch.Tensor, page_ids: torch.Tensor, first_slot: int, hea
 
 
 def _top(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Mask of the counts [B] largest scores of each row of [B, H, N]; ties go to the lower index; -inf is never taken."""
+    """Mask of the counts [B] largest scores of each row of [B, H, N]; ties go to the lower index; -inf is never
+    taken.
+    """
     order = scores.argsort(dim=-1, descending=True, stable=True)
     taken = torch.arange(scores.shape[-1]) < counts[:, None, None]
     mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(2, order, taken.expand_as(order))

@@ -7,7 +7,9 @@ from ..views import BlockLists, LayerView, PrefillBatch
 BLOCK = 128
 
 
-def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """query [H, M, D] (scaled) over key, value [H, N, D]; bias [M, N]; returns [H, M, D] and log-sum-exp [H, M]."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query[None], key[None], value[None], attn_mask=None if bias is None else bias[None, None], scale=1.0
@@ -24,7 +26,9 @@ def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
 
 
 def _chunk_bias(positions: torch.Tensor, keys: torch.Tensor, written: torch.Tensor, page: int) -> torch.Tensor:
-    """0 where a query [M] sees a key [N], else -inf: written keys of its own page up to itself, decoded keys of earlier ones."""
+    """0 where a query [M] sees a key [N], else -inf: written keys of its own page up to itself, decoded keys of
+    earlier ones.
+    """
     same_page = keys // page == positions[:, None] // page
     earlier_page = keys // page < positions[:, None] // page
     return torch.where(written, same_page & (keys <= positions[:, None]), earlier_page)
