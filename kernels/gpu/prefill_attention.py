@@ -40,30 +40,26 @@ def _accumulate(q, k, v, visible, acc, peak, total, log2_scale, MASKED: tl.const
 @triton.jit
 def _prefill_attention(
     query, query_token, query_head,
-    key, key_token, key_head,
-    value, value_token, value_head,
-    scratch_key, scratch_key_head, scratch_key_token,
-    scratch_value, scratch_value_head, scratch_value_token,
-    key_tiles, value_tiles,
+    key_edges, value_edges, decoded_key_edges, decoded_value_edges, decoded_keys, decoded_values,
     out, out_token, out_head,
     heads, tiles, starts, query_offsets, scratch_offsets,
     blocks, blocks_row, blocks_head, counts, counts_row,
     num_heads, sink_size, local_window, log2_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STREAMING: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE: tl.constexpr, STREAMING: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module's docstring. tiles: int32 [n, 3] (request, its query block, query block in the batch)."""
     program = tl.program_id(0)
     head_index = program % (num_heads * GROUP)
-    kv_head = tl.load(heads + head_index // GROUP)
+    kv_head = tl.load(heads + head_index // GROUP).to(tl.int32)
     head = kv_head * GROUP + head_index % GROUP
     tile = program // (num_heads * GROUP) // (BLOCK // BLOCK_M)
     half = program // (num_heads * GROUP) % (BLOCK // BLOCK_M)
     request = tl.load(tiles + 3 * tile)
     diagonal = tl.load(tiles + 3 * tile + 1)
     start = tl.load(starts + request)
-    first_token = tl.load(query_offsets + request).to(tl.int64)
-    length = tl.load(query_offsets + request + 1) - first_token.to(tl.int32)
+    first_token = tl.load(query_offsets + request)
+    length = tl.load(query_offsets + request + 1) - first_token
     scratch = tl.load(scratch_offsets + request)
 
     in_chunk = diagonal * BLOCK + half * BLOCK_M
@@ -73,8 +69,10 @@ def _prefill_attention(
     rows = in_chunk + tl.arange(0, BLOCK_M)
     position = start + rows
     channels = tl.arange(0, BLOCK_D)
+    edge = tl.arange(0, EDGE)
     wide = (rows < length)[:, None] & (channels < HEAD_DIM)[None, :]
-    q_at = query + (first_token + rows)[:, None] * query_token + head * query_head + channels[None, :]
+    tokens = (first_token + rows)[:, None].to(tl.int64)
+    q_at = query + tokens * query_token + head * query_head + channels[None, :]
     q = tl.load(q_at, mask=wide, other=0.0)
 
     peak = tl.full([BLOCK_M], -1e38, tl.float32)
@@ -83,15 +81,16 @@ def _prefill_attention(
 
     if STREAMING:
         first_position = start + in_chunk
-        own_page = first_position // PAGE
         diagonal_page = diagonal * (BLOCK // PAGE)
         sink_pages = tl.minimum((sink_size + PAGE - 1) // PAGE, diagonal_page)
         window_page = tl.maximum(tl.maximum(first_position - local_window + 1, 0) // PAGE, sink_pages)
-        for i in tl.range(sink_pages + tl.maximum(diagonal_page - window_page, 0)):
-            page = tl.where(i < sink_pages, i, window_page + i - sink_pages)
-            k = key_tiles.load([kv_head.to(tl.int32), scratch + page * PAGE, 0]).reshape([PAGE, BLOCK_D])
-            v = value_tiles.load([kv_head.to(tl.int32), scratch + page * PAGE, 0]).reshape([PAGE, BLOCK_D])
-            column = page * PAGE + tl.arange(0, PAGE)
+        for i in tl.range((sink_pages + tl.maximum(diagonal_page - window_page, 0)) * (PAGE // EDGE)):
+            column = i * EDGE + edge
+            column += tl.where(i * EDGE < sink_pages * PAGE, 0, (window_page - sink_pages) * PAGE)
+            at = scratch + i * EDGE
+            at += tl.where(i * EDGE < sink_pages * PAGE, 0, (window_page - sink_pages) * PAGE)
+            k = decoded_key_edges.load([kv_head, at, 0]).reshape([EDGE, BLOCK_D])
+            v = decoded_value_edges.load([kv_head, at, 0]).reshape([EDGE, BLOCK_D])
             visible = (column[None, :] < sink_size) | (position[:, None] - column[None, :] < local_window)
             acc, peak, total = _accumulate(q, k, v, visible, acc, peak, total, log2_scale, True, PRECISION)
     else:
@@ -105,38 +104,34 @@ def _prefill_attention(
             at = scratch + i * BLOCK_N
             if LISTED:
                 at += (tl.load(blocks + i // PARTS) - i // PARTS) * BLOCK
-            k = key_tiles.load([kv_head.to(tl.int32), at, 0]).reshape([BLOCK_N, BLOCK_D])
-            v = value_tiles.load([kv_head.to(tl.int32), at, 0]).reshape([BLOCK_N, BLOCK_D])
+            k = decoded_keys.load([kv_head, at, 0]).reshape([BLOCK_N, BLOCK_D])
+            v = decoded_values.load([kv_head, at, 0]).reshape([BLOCK_N, BLOCK_D])
             acc, peak, total = _accumulate(q, k, v, True, acc, peak, total, log2_scale, False, PRECISION)
 
-    on_page = tl.arange(0, PAGE)
-    first_page = in_chunk // BLOCK * BLOCK
+    page = in_chunk // BLOCK * BLOCK
     last_row = tl.minimum(in_chunk + BLOCK_M, length)
-    if last_row > first_page + PAGE:
-        column = start + first_page + on_page
-        at = (scratch + column)[:, None].to(tl.int64)
-        there = (channels < HEAD_DIM)[None, :]
-        k_at = scratch_key + kv_head * scratch_key_head + at * scratch_key_token + channels[None, :]
-        v_at = scratch_value + kv_head * scratch_value_head + at * scratch_value_token + channels[None, :]
-        k = tl.load(k_at, mask=there, other=0.0)
-        v = tl.load(v_at, mask=there, other=0.0)
-        visible = position[:, None] >= start + first_page + PAGE
+    decoded_edges = tl.where(last_row > page + PAGE, PAGE // EDGE, 0)
+    for i in tl.range(decoded_edges, num_stages=1):
+        at = start + page + i * EDGE
+        k = decoded_key_edges.load([kv_head, scratch + at, 0]).reshape([EDGE, BLOCK_D])
+        v = decoded_value_edges.load([kv_head, scratch + at, 0]).reshape([EDGE, BLOCK_D])
+        column = at + edge
+        visible = position[:, None] >= start + page + PAGE
         if STREAMING:
             visible &= (column[None, :] < sink_size) | (position[:, None] - column[None, :] < local_window)
         acc, peak, total = _accumulate(q, k, v, visible, acc, peak, total, log2_scale, True, PRECISION)
-    for page in tl.range(in_chunk // PAGE, (last_row + PAGE - 1) // PAGE, num_stages=1):
-        token = page * PAGE + on_page
-        there = (token < length)[:, None] & (channels < HEAD_DIM)[None, :]
-        at = (first_token + token)[:, None]
-        k = tl.load(key + at * key_token + kv_head * key_head + channels[None, :], mask=there, other=0.0)
-        v = tl.load(value + at * value_token + kv_head * value_head + channels[None, :], mask=there, other=0.0)
+    for at in tl.range(in_chunk // PAGE * PAGE, last_row, EDGE, num_stages=1):
+        k = key_edges.load([first_token + at, kv_head, 0]).reshape([EDGE, BLOCK_D])
+        v = value_edges.load([first_token + at, kv_head, 0]).reshape([EDGE, BLOCK_D])
+        token = at + edge
+        v = tl.where((token < length)[:, None], v, 0.0)
         column = start + token
         visible = (column[None, :] <= position[:, None]) & (position[:, None] // PAGE == column[None, :] // PAGE)
         if STREAMING:
             visible &= (column[None, :] < sink_size) | (position[:, None] - column[None, :] < local_window)
         acc, peak, total = _accumulate(q, k, v, visible, acc, peak, total, log2_scale, True, PRECISION)
 
-    out_at = out + (first_token + rows)[:, None] * out_token + head * out_head + channels[None, :]
+    out_at = out + tokens * out_token + head * out_head + channels[None, :]
     tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=wide)
 
 
@@ -151,15 +146,13 @@ def query_tiles(starts: tuple[int, ...], lengths: tuple[int, ...], device: torch
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
-def tile_shape(head_dim: int, dtype: torch.dtype, streaming: bool) -> dict[str, int]:
+def tile_shape(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """BLOCK_M, BLOCK_N and launch options for a head size; measured on an H200 for bf16 (benchmarks/results/LOG.md)."""
     if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 32 if not streaming else 64, "num_warps": 4, "num_stages": 1}
-    if streaming:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 64 if head_dim <= 128 else 32, "BLOCK_N": 32, "EDGE": 32, "num_warps": 4, "num_stages": 1}
     if head_dim > 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "EDGE": 32, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "EDGE": 64, "num_warps": 8, "num_stages": 2}
 
 
 def prefill_attention(
@@ -198,16 +191,14 @@ def _launch(
 ) -> None:
     """Every query tile of one head class."""
     head_dim, group = query.shape[2], query.shape[1] // key.shape[1]
-    shape = tile_shape(head_dim, query.dtype, streaming)
+    shape = tile_shape(head_dim, query.dtype)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    tile = [1, shape["BLOCK_N"], block_d]
+    edge, block = shape["EDGE"], shape["BLOCK_N"]
     _prefill_attention[(len(tiles) * heads.numel() * group * (BLOCK.value // shape["BLOCK_M"]),)](
         query, query.stride(0), query.stride(1),
-        key, key.stride(0), key.stride(1),
-        value, value.stride(0), value.stride(1),
-        scratch_key, scratch_key.stride(0), scratch_key.stride(1),
-        scratch_value, scratch_value.stride(0), scratch_value.stride(1),
-        TensorDescriptor.from_tensor(scratch_key, tile), TensorDescriptor.from_tensor(scratch_value, tile),
+        *(TensorDescriptor.from_tensor(x, [edge, 1, block_d]) for x in (key, value)),
+        *(TensorDescriptor.from_tensor(x, [1, edge, block_d]) for x in (scratch_key, scratch_value)),
+        *(TensorDescriptor.from_tensor(x, [1, block, block_d]) for x in (scratch_key, scratch_value)),
         out, out.stride(0), out.stride(1),
         heads, tiles, batch.starts_device, batch.query_offsets_device, batch.scratch_offsets_device,
         lists.blocks if lists else tiles, lists.blocks.stride(0) if lists else 0, lists.blocks.stride(1) if lists else 0,
