@@ -47,7 +47,7 @@ $(VENV)/.torch: | $(BIN)/python
 	@if command -v nvidia-smi >/dev/null; then \
 		echo "GPU found: pip installs PyTorch with CUDA"; \
 	elif $(BIN)/python -c "import urllib.request; urllib.request.urlopen('$(TORCH_CPU_INDEX)/torch/', timeout=5)" 2>/dev/null; then \
-		$(BIN)/pip install torch==$(TORCH_VERSION) --index-url $(TORCH_CPU_INDEX); \
+		$(BIN)/pip install torch==$(TORCH_VERSION) --extra-index-url $(TORCH_CPU_INDEX); \
 	else \
 		$(BIN)/pip install torch==$(TORCH_VERSION); \
 	fi
