@@ -23,7 +23,8 @@ SelectionRule = Literal["two_stage", "bound", "lserve"]
 class ModelConfig:
     """One decoder family: Llama, Mistral, Qwen2, Qwen3.
 
-    rope_scaling holds the checkpoint's own keys (`rope_type`: default, linear, llama3, yarn).
+    rope_scaling holds the checkpoint's own keys (`rope_type`: default, linear, llama3, yarn); rope_frequency_factors, per
+    channel pair, divide the frequencies instead where a GGUF file brings them.
     """
 
     architecture: str
@@ -38,6 +39,7 @@ class ModelConfig:
     rope_theta: float
     rms_norm_eps: float
     rope_scaling: tuple[tuple[str, float | int | str | bool], ...] = ()
+    rope_frequency_factors: tuple[float, ...] = ()
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
@@ -83,7 +85,9 @@ class SparsityConfig:
         if self.candidate_factor < 1:
             raise SettingsError(f"sparsity.candidate_factor must be at least 1, got {self.candidate_factor}")
         if self.token_budget is not None and self.token_budget > self.max_token_budget:
-            raise SettingsError(f"sparsity.token_budget {self.token_budget} is over max_token_budget {self.max_token_budget}")
+            raise SettingsError(
+                f"sparsity.token_budget {self.token_budget} is over max_token_budget {self.max_token_budget}"
+            )
         for name, budget in (("token_budget", self.token_budget), ("max_token_budget", self.max_token_budget)):
             if budget is not None and budget < self.min_token_budget:
                 raise SettingsError(
@@ -123,7 +127,9 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         if self.chunk_size < BLOCK_SIZE or self.chunk_size % BLOCK_SIZE:
-            raise SettingsError(f"prefill.chunk_size must be a positive multiple of {BLOCK_SIZE}, got {self.chunk_size}")
+            raise SettingsError(
+                f"prefill.chunk_size must be a positive multiple of {BLOCK_SIZE}, got {self.chunk_size}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
