@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transfer_peer import NUM_PAGES, make_pools
 
 from lserve.engine.errors import FormatMismatchError, TransferError
 from lserve.engine.transfer import PageRead, PeerMetadata, Transfer
 
 pytest.importorskip("nixl", reason="NIXL is not installed")
-sys.path.insert(0, str(Path(__file__).parent))
-from transfer_peer import NUM_PAGES, make_pools
 
 PAGE_BYTES = 1 << 18
 ROOT = Path(__file__).parents[2]
