@@ -38,7 +38,7 @@ def cache_folder() -> Path:
 
 
 def locate(path_or_id: str) -> Path:
-    """The GGUF file or the directory of a checkpoint; a Hugging Face id is downloaded (safetensors, no code, no pickles).
+    """The GGUF file or directory of a checkpoint; a Hugging Face id is downloaded, without code and pickles.
 
     Raises SettingsError when there is no such file, directory or repository.
     """
@@ -53,13 +53,11 @@ def locate(path_or_id: str) -> Path:
         return Path(snapshot_download(path_or_id, allow_patterns=_DOWNLOADED))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise SettingsError(
-            f"model: no file or directory {path_or_id!r}, and downloading it failed: {reason}"
-        ) from error
+        raise SettingsError(f"model: {path_or_id!r} is no file or directory; as a download: {reason}") from error
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether path is a GGUF file, by its first four bytes; a directory is not. Raises UnsupportedModelError for others."""
+    """Whether path is a GGUF file; a directory is not. Raises UnsupportedModelError for any other file."""
     if path.is_dir():
         return False
     with path.open("rb") as file:

@@ -23,8 +23,8 @@ SelectionRule = Literal["two_stage", "bound", "lserve"]
 class ModelConfig:
     """One decoder family: Llama, Mistral, Qwen2, Qwen3.
 
-    rope_scaling holds the checkpoint's own keys (`rope_type`: default, linear, llama3, yarn); rope_frequency_factors, per
-    channel pair, divide the frequencies instead where a GGUF file brings them.
+    rope_scaling holds the checkpoint's own keys (`rope_type`: default, linear, llama3, yarn). rope_frequency_factors, one
+    per channel pair, divide the frequencies instead where a GGUF file brings them.
     """
 
     architecture: str

@@ -57,14 +57,12 @@ def gguf_config(reader: GGUFReader) -> ModelConfig:
     num_heads, hidden_size = fields.integer("attention.head_count"), fields.integer("embedding_length")
     head_dim = fields.integer("attention.key_length", hidden_size // num_heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if fields.integer(key, head_dim) != head_dim:
-            raise UnsupportedModelError(
-                f"{fields.name(key)} {fields.integer(key)} is not supported: head_dim is {head_dim}"
-            )
+        if (width := fields.integer(key, head_dim)) != head_dim:
+            raise UnsupportedModelError(f"{fields.name(key)} {width} is not supported: head_dim is {head_dim}")
     num_kv_heads = fields.integer("attention.head_count_kv", num_heads)
     if num_heads % num_kv_heads or head_dim % 2:
         raise UnsupportedModelError(
-            f"{num_heads} heads of {head_dim} channels over {num_kv_heads} KV heads is not supported"
+            f"{num_heads} heads of {head_dim} channels over {num_kv_heads} KV heads are not supported"
         )
     if "token_embd.weight" not in tensors:
         raise UnsupportedModelError("the checkpoint lacks tensor 'token_embd.weight'")
@@ -171,7 +169,7 @@ def _refuse(fields: _Fields) -> None:
     window, context = fields.integer("attention.sliding_window", 0), fields.integer("context_length")
     if 0 < window < context:
         raise UnsupportedModelError(
-            f"{fields.name('attention.sliding_window')} {window} is not supported: below {context}"
+            f"{fields.name('attention.sliding_window')} {window} is not supported: context_length is {context}"
         )
 
 
@@ -220,4 +218,4 @@ def _floats(tensor: ReaderTensor) -> Tensor:
 
 def _half_split(tensor: Tensor, num_heads: int) -> Tensor:
     """llama.cpp stores Llama's query and key channels in adjacent pairs; rotation here pairs channel i with i + D/2."""
-    return tensor.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    return tensor.view(num_heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

@@ -16,8 +16,8 @@ from .rope import RotaryEmbedding
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, query [T, Hq, D], key [T, Hkv, D], value [T, Hkv, D]) -> [T, Hq, D], in the compute dtype.
 
-Query (not scaled) and key come after QK norm and RoPE, value comes rotated (`value_rotation`). query, key and value may be views
-into larger tensors; the answer must be contiguous.
+Query (not scaled) and key come after QK norm and RoPE, value comes rotated (`value_rotation`). All three may be views
+into larger tensors.
 """
 
 
@@ -25,7 +25,7 @@ into larger tensors; the answer must be contiguous.
 class Layer:
     """Weights of one decoder layer; norms are [hidden_size] or [head_dim] in the compute dtype.
 
-    qkv: fused projection, rows ordered query heads, key heads, value heads (values rotated). gate_up: gate's rows first.
+    qkv: fused projection, rows ordered query, key, value heads (values rotated). gate_up: gate's rows first.
     """
 
     input_norm: Tensor
@@ -78,10 +78,8 @@ class Model:
         residual = torch.nn.functional.embedding(token_ids, self._weights.embedding)
         x = norm_for(layers[0].qkv, residual, layers[0].input_norm, eps)
         for index, layer in enumerate(layers):
-            if index:
-                x, residual = add_norm_for(layer.qkv, delta, residual, layer.input_norm, eps)
             heads = layer.qkv(x).view(num_tokens, -1, config.head_dim)
-            query, key, value = heads.split(self._widths, dim=1)
+            query, key, value = heads.split_with_sizes(self._widths, dim=1)
             if layer.query_norm is None or layer.key_norm is None:
                 query, key = rope(query, key, cos, sin)
             else:
@@ -90,6 +88,9 @@ class Model:
             delta = layer.output(attended.reshape(num_tokens, -1))
             x, residual = add_norm_for(layer.gate_up, delta, residual, layer.post_norm, eps)
             delta = layer.down(silu_mul_for(layer.down, layer.gate_up(x)))
+            if index + 1 < len(layers):
+                following = layers[index + 1]
+                x, residual = add_norm_for(following.qkv, delta, residual, following.input_norm, eps)
         return residual + delta
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checkpoints to models: reads tensors one matrix at a time, fuses, rotates values, converts, and holds no second copy."""
+"""Checkpoints to models, matrix by matrix: read, check, fuse, rotate values, convert. No second copy of all is held."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +38,7 @@ class SafetensorsFiles:
                 handle = safe_open(file, framework="pt", device="cpu")
             except (OSError, SafetensorError) as error:
                 raise UnsupportedModelError(f"{file} cannot be read: {error}") from error
-            self._handles.update(dict.fromkeys(handle.keys(), handle))
+            self._handles.update(dict.fromkeys(handle.keys(), handle))  # type: ignore[no-untyped-call]
 
     def names(self) -> Iterable[str]:
         """All tensors there are."""
@@ -48,11 +48,9 @@ class SafetensorsFiles:
         """One tensor as stored."""
         if name not in self._handles:
             raise UnsupportedModelError(f"the checkpoint lacks tensor {name!r}")
-        tensor: Tensor = self._handles[name].get_tensor(name)
+        tensor: Tensor = self._handles[name].get_tensor(name)  # type: ignore[no-untyped-call]
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise UnsupportedModelError(
-                f"tensor {name!r} has dtype {tensor.dtype}: only float32, bfloat16, float16 are read"
-            )
+            raise UnsupportedModelError(f"tensor {name!r} has dtype {tensor.dtype}: only floats are read")
         return tensor
 
 
@@ -89,7 +87,10 @@ def build_model(
     compute_dtype: torch.dtype,
     weight_format: WeightFormat = "native",
 ) -> Model:
-    """A model from any source of tensors. Every tensor must be there with the shape that config says, and none left over."""
+    """A model from any source of tensors; errors as in load_model.
+
+    Every tensor must be there, with the shape that config says, and none may be left over.
+    """
     reader = _Reader(config, source, device, compute_dtype, weight_format)
     embedding = reader.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size, dtype=compute_dtype)
     layers = tuple(_layer(reader, index) for index in range(config.num_layers))
@@ -113,7 +114,7 @@ def value_rotation(head_dim: int) -> Tensor:
     block = torch.ones(1, 1)
     while block.shape[0] < size:
         block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)))
-    return torch.block_diag(*[block * size**-0.5] * (head_dim // size))
+    return torch.kron(torch.eye(head_dim // size), block * size**-0.5)
 
 
 class _Reader:
@@ -163,14 +164,13 @@ class _Reader:
             left = [n for n in left if n != "lm_head.weight"]
         if left:
             raise UnsupportedModelError(
-                f"tensor {left[0]!r} has no place in the {self.config.architecture} architecture ({len(left)} such tensors)"
+                f"tensor {left[0]!r} has no place in a {self.config.architecture} model ({len(left)} such tensors)"
             )
 
 
 def _layer(reader: _Reader, index: int) -> Layer:
     config, dtype = reader.config, reader.compute_dtype
-    name = f"model.layers.{index}"
-    attention, hidden = f"{name}.self_attn", config.hidden_size
+    name, hidden = f"model.layers.{index}", config.hidden_size
     query_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
     def norm(suffix: str, width: int) -> Tensor:
@@ -203,13 +203,14 @@ def _layer(reader: _Reader, index: int) -> Layer:
 def _rotate_values(reader: _Reader, part: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """v_proj's rows, head by head, so that values come out rotated; float32."""
     weight, bias = part
-    rotated = reader.rotation @ weight.float().unflatten(0, (-1, reader.config.head_dim))
+    rotated = (reader.rotation @ weight.float().view(-1, reader.config.head_dim, weight.shape[1])).view(weight.shape)
     if bias is not None:
-        bias = (bias.float().unflatten(0, (-1, reader.config.head_dim)) @ reader.rotation).flatten()
-    return rotated.flatten(0, 1), bias
+        bias = (bias.float().view(-1, reader.config.head_dim) @ reader.rotation).view(-1)
+    return rotated, bias
 
 
 def _unrotate_values(reader: _Reader, part: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
     """o_proj's columns, head by head, so that it takes rotated values; float32."""
     weight, bias = part
-    return (weight.float().unflatten(1, (-1, reader.config.head_dim)) @ reader.rotation).flatten(1), bias
+    heads = weight.float().view(weight.shape[0], -1, reader.config.head_dim)
+    return (heads @ reader.rotation).view(weight.shape), bias
