@@ -10,7 +10,8 @@ from .head_profile import HeadProfile
 from .model import Model
 from .page_format import PageFormat, make_page_format
 from .tokenizer import Tokenizer
-from .weights import fingerprint, load_model
+from .checkpoint import fingerprint
+from .weights import load_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class LoadedModel:
 def load(config: EngineConfig) -> LoadedModel:
     """Loads everything that `config` names. Raises UnsupportedModelError, FormatMismatchError or SettingsError."""
     dtype_name = config.compute_dtype or ("float32" if config.device == "cpu" else "bfloat16")
-    model = load_model(config.model, config.device, getattr(torch, dtype_name))
+    model = load_model(config.model, config.device, getattr(torch, dtype_name), config.weights)
     identity = fingerprint(config.model)
     sparsity = config.sparsity
     if sparsity.head_profile is None:
