@@ -18,7 +18,7 @@ class CircuitBreaker:
     def __init__(self, name: str, first_backoff_s: float = _FIRST_BACKOFF_S) -> None:
         self._name = name
         self._first_backoff_s = self._backoff_s = first_backoff_s
-        self._broken = False
+        self._broken = self._trying = False
         self._retry_at = 0.0
         self._lock = threading.Lock()
         self.num_outages = 0
@@ -41,20 +41,25 @@ class CircuitBreaker:
             now = time.monotonic()
             if now < self._retry_at:
                 return False
+            self._trying = True
             self._retry_at = now + self._backoff_s
             return True
 
     def succeeded(self) -> None:
         """A try worked: closed again."""
         with self._lock:
-            recovered, self._broken, self._backoff_s = self._broken, False, self._first_backoff_s
+            recovered, self._broken = self._broken, False
+            self._backoff_s = self._first_backoff_s
         if recovered:
             logger.info("%s work again", self._name)
 
     def failed(self, reason: str) -> None:
-        """A try did not work."""
+        """A try did not work. Of many that fail together only the first one counts."""
         with self._lock:
-            first, self._broken = not self._broken, True
+            first = not self._broken
+            if not (first or self._trying):
+                return
+            self._broken, self._trying = True, False
             self._retry_at = time.monotonic() + self._backoff_s
             self._backoff_s = min(2 * self._backoff_s, _MAX_BACKOFF_S)
             self.num_outages += first
