@@ -12,12 +12,20 @@ W4_RANGE = 119
 """First-level codes stay in [-119, 119], so that min + 15 * step fits int8 after both are rounded (QServe, 4.1)."""
 
 
+CHUNK = 2 * GROUP
+"""Input channels whose codes share bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class W8Weight:
-    """weight[n, k] is codes[n, k] * scale[n]. codes: [N, K] int8 or float8_e4m3fn; scale: float32 [N]."""
+    """weight[n, k] is codes[n, k] * scale[n].
+
+    codes: [N, K] int8 or float8_e4m3fn; scale: float32 [N]. semaphores: as in W4Weight.
+    """
 
     codes: Tensor
     scale: Tensor
+    semaphores: Tensor
 
     @property
     def in_features(self) -> int:
@@ -32,20 +40,21 @@ class W8Weight:
 
 @dataclass(frozen=True, slots=True)
 class W4Weight:
-    """Two levels: weight[n, k] is (code[n, k] * step[g, n] + minimum[g, n]) * scale[n], with g = k // 128.
+    """Two levels: weight[n, k] is (code[n, k] * step[n, g] + minimum[n, g]) * scale[n], with group g = k // 128.
 
-    codes: uint8 [G, N, 64], G = ceil(K / 128): byte j of group g holds channel 128 g + j in its low nibble and channel
-        128 g + 64 + j in its high one, so both halves of a group are used without interleaving, and what a block of
-        output channels needs of a group is one run of bytes; channels past K hold 0.
-    step: uint8 [G, N]; minimum: int8 [G, N]. What they decode to, code * step + minimum, fits int8.
+    Two groups share a chunk of 256 channels, C = ceil(K / 256).
+    codes: uint8 [C, N, 128]: byte j of chunk c holds channel 256 c + j in its low nibble and channel 256 c + 128 + j
+        in its high one. So a byte needs no interleaving, and what a block of output channels needs of a chunk is one
+        run of bytes. Channels past K hold 0.
+    levels: int32 [C, N], from the low byte up: step (unsigned) and minimum (signed) of a chunk's first group, then of
+        its second. code * step + minimum fits int8.
     scale: float32 [N].
-    semaphores: int32 [ceil(N / 32)] zeros, the count of finished parts per output tile where a launch splits K; every
-        launch leaves zeros. Launches that share a weight must not overlap.
+    semaphores: int32 [ceil(N / 64)] zeros, the count of finished parts per tile where a launch splits K; every launch
+        leaves zeros. Launches that share a weight must not overlap.
     """
 
     codes: Tensor
-    step: Tensor
-    minimum: Tensor
+    levels: Tensor
     scale: Tensor
     semaphores: Tensor
     in_features: int
@@ -65,7 +74,7 @@ def quantize_w8(weight: Tensor, dtype: torch.dtype) -> W8Weight:
     scale = weight.abs().amax(dim=1).clamp_(min=1e-10).div_(largest)
     codes = weight.div(scale[:, None])
     codes = codes.round_() if dtype == torch.int8 else codes
-    return W8Weight(codes.clamp_(-largest, largest).to(dtype).contiguous(), scale)
+    return W8Weight(codes.clamp_(-largest, largest).to(dtype).contiguous(), scale, _semaphores(weight))
 
 
 def quantize_w4(weight: Tensor) -> W4Weight:
@@ -75,48 +84,57 @@ def quantize_w4(weight: Tensor) -> W4Weight:
     ones, which clip its ends but round the rest finer.
     """
     num_rows, in_features = weight.shape
-    num_groups = -(-in_features // GROUP)
     weight = weight.float()
     scale = weight.abs().amax(dim=1).clamp_(min=1e-10).div_(W4_RANGE)
-    pad = num_groups * GROUP - in_features
-    # the short group's padding repeats its last channel, so that it widens no range
-    padded = torch.nn.functional.pad(weight[None], (0, pad), mode="replicate")[0] if pad else weight
-    values = padded.div(scale[:, None]).view(num_rows, num_groups, GROUP)
-    low, high = values.aminmax(dim=-1, keepdim=True)
-    covering = ((high - low) / W4_LEVELS).ceil_().clamp_(min=1)
-    best_error = torch.full_like(low, torch.inf)
-    best_step, best_minimum = covering.clone(), low.round()
-    for smaller in range(4):
-        step = (covering - smaller).clamp_(min=1)
-        spare = W4_LEVELS * step - (high - low)
-        minimum = (low - spare / 2).round_().clamp_(-127, 127).minimum(127 - W4_LEVELS * step)
-        decoded = _encode(values, step, minimum).mul_(step).add_(minimum)
-        error = (decoded - values).square_().sum(dim=-1, keepdim=True)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_step = torch.where(better, step, best_step)
-        best_minimum = torch.where(better, minimum, best_minimum)
-    codes = _encode(values, best_step, best_minimum).to(torch.uint8)
-    if pad:
-        codes.view(num_rows, -1)[:, in_features:] = 0
-    packed = codes[..., : GROUP // 2] | (codes[..., GROUP // 2 :] << 4)
+    num_chunks = -(-in_features // CHUNK)
+    # padding repeats the last channel, so that it widens no group's range
+    padded = weight[:, torch.arange(num_chunks * CHUNK, device=weight.device).clamp_(max=in_features - 1)]
+    values = padded.div(scale[:, None]).view(num_rows, 2 * num_chunks, GROUP)
+    step, minimum = _choose_levels(values)
+    codes = _encode(values, step, minimum).to(torch.uint8).view(num_rows, num_chunks * CHUNK)
+    codes[:, in_features:] = 0
+    low, high = codes.view(num_rows, num_chunks, 2, GROUP).unbind(dim=2)
+    levels = torch.stack((step.to(torch.uint8), minimum.to(torch.int8).view(torch.uint8)), dim=-1)
     return W4Weight(
-        codes=packed.transpose(0, 1).contiguous(),
-        step=best_step.squeeze(-1).to(torch.uint8).t().contiguous(),
-        minimum=best_minimum.squeeze(-1).to(torch.int8).t().contiguous(),
+        codes=(low | high << 4).transpose(0, 1).contiguous(),
+        levels=levels.view(num_rows, num_chunks, 4).view(torch.int32).squeeze(-1).t().contiguous(),
         scale=scale,
-        semaphores=torch.zeros(-(-num_rows // 32), dtype=torch.int32, device=weight.device),
+        semaphores=_semaphores(weight),
         in_features=in_features,
     )
 
 
 def decode_w4(weight: W4Weight) -> W8Weight:
     """The same numbers with int8 codes: exact, since both levels are integers."""
-    codes = torch.cat((weight.codes & 15, weight.codes >> 4), dim=-1).to(torch.int16)
-    codes.mul_(weight.step.unsqueeze(-1)).add_(weight.minimum.unsqueeze(-1))
-    rows = codes.to(torch.int8).transpose(0, 1).reshape(weight.out_features, -1)
-    return W8Weight(rows[:, : weight.in_features].contiguous(), weight.scale)
+    num_chunks, num_rows, _ = weight.codes.shape
+    codes = torch.stack((weight.codes & 15, weight.codes >> 4), dim=2).to(torch.int16)
+    levels = weight.levels.view(torch.uint8).view(num_chunks, num_rows, 2, 2)
+    codes.mul_(levels[..., :1]).add_(levels[..., 1:].view(torch.int8))
+    rows = codes.to(torch.int8).transpose(0, 1).reshape(num_rows, num_chunks * CHUNK)
+    return W8Weight(rows[:, : weight.in_features].contiguous(), weight.scale, weight.semaphores)
+
+
+def _choose_levels(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(step, minimum), both [N, groups, 1] whole numbers, of values [N, groups, 128] in [-119, 119]."""
+    low, high = values.aminmax(dim=-1, keepdim=True)
+    covering = ((high - low) / W4_LEVELS).ceil_().clamp_(min=1)
+    best_error = torch.full_like(low, torch.inf)
+    best_step, best_minimum = covering, low.round()
+    for smaller in range(4):
+        step = (covering - smaller).clamp_(min=1)
+        minimum = ((low + high - W4_LEVELS * step) / 2).round_().clamp_(min=-127).minimum(127 - W4_LEVELS * step)
+        decoded = _encode(values, step, minimum).mul_(step).add_(minimum)
+        error = decoded.sub_(values).square_().sum(dim=-1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_step = torch.where(better, step, best_step)
+        best_minimum = torch.where(better, minimum, best_minimum)
+    return best_step, best_minimum
 
 
 def _encode(values: Tensor, step: Tensor, minimum: Tensor) -> Tensor:
-    return ((values - minimum) / step).round_().clamp_(0, W4_LEVELS)
+    return values.sub(minimum).div_(step).round_().clamp_(0, W4_LEVELS)
+
+
+def _semaphores(weight: Tensor) -> Tensor:
+    return torch.zeros(-(-weight.shape[0] // 64), dtype=torch.int32, device=weight.device)

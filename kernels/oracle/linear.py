@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..activation_format import GROUP
-from ..weight_format import W4Weight
+from ..weight_format import CHUNK, W4Weight
 
 
 def linear(codes: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -15,11 +15,12 @@ def linear(codes: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 def w4_values(weight: W4Weight) -> Tensor:
     """The weights that the 4-bit codes stand for, nibble by nibble: float64 [N, K]."""
+    levels = weight.levels.view(torch.uint8).view(*weight.levels.shape, 2, 2)
     columns = []
     for channel in range(weight.in_features):
-        group, inner = divmod(channel, GROUP)
-        byte = weight.codes[group, :, inner % (GROUP // 2)]
-        code = (byte & 15 if inner < GROUP // 2 else byte >> 4).to(torch.float64)
-        level = code * weight.step[group].to(torch.float64) + weight.minimum[group].to(torch.float64)
-        columns.append(level * weight.scale.to(torch.float64))
+        chunk, inner = divmod(channel, CHUNK)
+        half, byte = divmod(inner, GROUP)
+        code = weight.codes[chunk, :, byte] >> 4 * half & 15
+        step, minimum = levels[chunk, :, half, 0], levels[chunk, :, half, 1].view(torch.int8)
+        columns.append((code.to(torch.float64) * step + minimum) * weight.scale)
     return torch.stack(columns, dim=1)
