@@ -10,7 +10,6 @@ from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from lserve.engine.config import BLOCK_SIZE, PAGE_SIZE
-from lserve.engine.engine import Reservation
 from lserve.engine.errors import (
     CapacityError,
     DeadlineExceededError,
@@ -18,8 +17,8 @@ from lserve.engine.errors import (
     TransferError,
     WorkerLostError,
 )
-from lserve.engine.handoff import ChunkReady
 from lserve.engine.request import Output, Request
+from lserve.engine.results import ChunkReady, Reservation
 from lserve.engine.transfer import PageRead
 
 from .messages import LeaseCall, PrefillRequest, PrefillStarted, PrefixHint, WorkerInfo, WorkerLoad

@@ -8,16 +8,17 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from typing import TypeVar, cast
 
-from lserve.engine.engine import Engine, Reservation, StepResult
+from lserve.engine.engine import Engine
 from lserve.engine.errors import LServeError, WorkerLostError
-from lserve.engine.handoff import ChunkReady
 from lserve.engine.request import Output
+from lserve.engine.results import ChunkReady, Reservation, StepResult
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Event = list[Output] | ChunkReady | Reservation | LServeError
 
 _EXPIRY_CHECK_S = 0.5
+_RETRY_S = 0.01
 
 
 class EngineLoop:
@@ -80,6 +81,8 @@ class EngineLoop:
                     if self._after_step is not None:
                         self._after_step(result)
                     self._dispatch(result)
+                    if not result.computed:
+                        self._pause()
                 else:
                     self._engine.leases.expire()
         except BaseException as error:
@@ -93,6 +96,12 @@ class EngineLoop:
             if not future.done():
                 future.set_exception(lost)
         self._call_soon(lambda: [subscription.put(lost) for subscription in self._subscribers.values()])
+
+    def _pause(self) -> None:
+        """Nothing could run: waits for a command, or a little for pages that leases and others give back."""
+        with self._wake:
+            if not self._commands and not self._stopping:
+                self._wake.wait(_RETRY_S)
 
     def _execute(self, command: Callable[[Engine], object], future: "Future[object]") -> None:
         if not future.set_running_or_notify_cancel():

@@ -8,10 +8,13 @@
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lserve.engine.handoff import ChunkReady
 from lserve.engine.request import Request
-from lserve.engine.transfer import PeerMetadata
+from lserve.engine.results import ChunkReady
+
+if TYPE_CHECKING:  # transfer brings torch, which a router does without
+    from lserve.engine.transfer import PeerMetadata
 
 __all__ = ["ChunkReady", "LeaseCall", "PrefillRequest", "PrefillStarted", "PrefixHint", "WorkerInfo", "WorkerLoad"]
 
@@ -74,7 +77,7 @@ class PrefillStarted:
     """The first thing a prefill worker says: who it is, and what is needed to read from its pools."""
 
     worker_id: str
-    peer: PeerMetadata
+    peer: "PeerMetadata"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ray import serve
 
 from lserve.engine.errors import WorkerLostError
-from lserve.engine.handoff import ChunkReady
+from lserve.engine.results import ChunkReady
 
 from .messages import LeaseCall, PrefillRequest, PrefillStarted, WorkerInfo
 from .routing import own_worker_id

@@ -2,15 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import torch
 
 from lserve.engine.config import PAGE_SIZE, RESUME_INTERVAL
-from lserve.engine.engine import Engine, Reservation, StepResult, WrittenPages
+from lserve.engine.engine import Engine
 from lserve.engine.loading import load
-from lserve.engine.prefix_store import PageKey, PrefixStore
+from lserve.engine.prefix_store import PrefixStore
+from lserve.engine.results import Reservation, StepResult, WrittenPages
+from lserve.engine.sealed_page import PageKey
 from lserve.engine.transfer import Transfer
 
 from .directory import Directory
@@ -40,7 +42,16 @@ class Worker:
         self.store: PrefixStore | None = None
         self.directory: Directory | None = None
         if settings.redis.url is not None and config.cache.prefix_cache:
-            self.store = PrefixStore.from_settings(settings, cluster_secret, self.format_id)
+            redis = settings.redis
+            self.store = PrefixStore(
+                redis.url or "",
+                cluster_secret,
+                self.format_id,
+                password=secret(redis.password_env),
+                ttl_s=redis.ttl_s,
+                timeout_s=redis.timeout_s,
+                max_pending_bytes=redis.max_pending_bytes,
+            )
             self.directory = Directory.from_settings(settings, cluster_secret)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._event_loop = asyncio.get_running_loop()
@@ -87,7 +98,7 @@ class Worker:
             await self._fill("streaming", [window[i] for i in lacking], pages)
         return known_tokens
 
-    async def _fill(self, pool: str, units: list[int], pages: list[bytes]) -> None:
+    async def _fill(self, pool: str, units: list[int], pages: Sequence[memoryview]) -> None:
         data = torch.frombuffer(bytearray(b"".join(pages)), dtype=torch.uint8).view(len(pages), -1)
         await self.loop.call(lambda e: e.cache.restore(pool, units, data))
 

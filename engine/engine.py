@@ -8,15 +8,13 @@ was prefilled elsewhere (`hold=True`: pages are reserved, then filled from outsi
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 
 import torch
 
 from .chain import chain_hashes, chain_root
 from .config import BLOCK_SIZE, PAGE_SIZE, EngineConfig
 from .detokenizer import Detokenizer
-from .errors import DeadlineExceededError, InvalidRequestError, LServeError, PromptTooLongError
-from .handoff import ChunkReady
+from .errors import DeadlineExceededError, InvalidRequestError
 from .kv_cache import KVCache
 from .leases import LeaseTable
 from .loading import LoadedModel, load
@@ -24,65 +22,14 @@ from .page_pool import PagePool
 from .pool_sizes import PoolSizes, pool_sizes
 from .prefix_index import PrefixIndex
 from .request import FinishReason, Output, Request, SampledToken, SamplingParams
+from .request_check import check_request
 from .residency import Residency, resume_points
+from .results import ChunkReady, EngineLoad, Reservation, StepResult, WrittenPages
 from .runner import Runner
-from .sampling import SamplingRow, TokenHistory, sample, validate
+from .sampling import SamplingRow, TokenHistory, sample
 from .scheduler import Scheduler
 from .sequence import PrefillChunk, Sequence, State
 from .swap import HostSwap
-
-
-@dataclass(frozen=True, slots=True)
-class WrittenPages:
-    """Whole pages that prefill computed in this step and that others may reuse: (chain hash, page id) pairs.
-
-    resume_points: (tokens, chain hash) of the resume points now complete, for the directory.
-    """
-
-    retrieval: tuple[tuple[bytes, int], ...]
-    streaming: tuple[tuple[bytes, int], ...]
-    resume_points: tuple[tuple[int, bytes], ...]
-
-
-@dataclass(slots=True)
-class StepResult:
-    """What a step brought: new output, announced chunks, requests whose pages are now reserved, pages, failed requests.
-
-    Pages in `written` may be overwritten by the next step: copy them before it.
-    """
-
-    outputs: list[Output] = field(default_factory=list)
-    chunks: list[ChunkReady] = field(default_factory=list)
-    admitted: list["Reservation"] = field(default_factory=list)
-    written: list[WrittenPages] = field(default_factory=list)
-    errors: list[tuple[str, LServeError]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Pages that a held request owns: retrieval page ids by page index, streaming ids by index, its row, and the
-    hit.
-    """
-
-    request_id: str
-    retrieval_pages: tuple[int, ...]
-    streaming_pages: dict[int, int]
-    row: int
-    num_cached_tokens: int
-    chain: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
-    """How full the engine is. Pages are retrieval pages, prefix cache excluded; running, waiting count sequences."""
-
-    running: int
-    waiting: int
-    used_pages: int
-    total_pages: int
-    cached_pages: int
-    used_rows: int
-    leases: int
 
 
 class Engine:
@@ -168,13 +115,21 @@ class Engine:
         """
         if request.request_id in self._live:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use")
-        self._check(request)
+        vocab_size, pages = self.model_config.vocab_size, self.retrieval_pool.num_pages
+        check_request(request, self.config, vocab_size, self.max_model_len, pages)
         tokens = request.input_token_ids
         root = chain_root(self._secret, request.tenant, self.page_format.format_id)
         lead = Sequence(request, request.choice, list(tokens), len(tokens), num_forks=request.sampling.n - 1)
         if self.index is not None:
             lead.chain = chain_hashes(root, tokens)
         lead.prefill_only, lead.hold = prefill_only, hold
+        if request.emitted and not prefill_only:
+            detokenizer = self._detokenizer(lead)
+            if detokenizer.finish_reason is not None:
+                self._pending.append(
+                    Output(request.request_id, request.choice, finish_reason=detokenizer.finish_reason)
+                )
+                return
         self.scheduler.add(lead)
         self._live[request.request_id] = [lead]
         self._have_tokens[request.request_id] = have_tokens
@@ -218,6 +173,7 @@ class Engine:
         for sequence in plan.swapped_in:
             self._swap.restore(sequence)
         result.admitted += [self._reservation(s) for s in plan.admitted if s.hold]
+        result.computed = bool(plan.decode or plan.prefill)
         if plan.decode:
             self._after_decode(plan.decode, self._runner.decode(plan.decode))
         if plan.prefill:
@@ -256,37 +212,6 @@ class Engine:
                 if output.choice == 0:
                     texts[output.request_id] += output.text
         return list(texts.values())
-
-    def _check(self, request: Request) -> None:
-        tokens = request.input_token_ids
-        validate(request.sampling, self.model_config.vocab_size)
-        if not tokens:
-            raise InvalidRequestError("the prompt has no tokens", param="prompt")
-        bad = next((t for t in tokens if not 0 <= t < self.model_config.vocab_size), None)
-        if bad is not None:
-            raise InvalidRequestError(
-                f"token id {bad} is outside the vocabulary of {self.model_config.vocab_size}", param="prompt"
-            )
-        budget, sparsity = request.attention.token_budget, self.config.sparsity
-        if budget is not None and not sparsity.min_token_budget <= budget <= sparsity.max_token_budget:
-            raise InvalidRequestError(
-                f"lserve.token_budget must be from {sparsity.min_token_budget} to {sparsity.max_token_budget}, got {budget}",
-                param="lserve.token_budget",
-            )
-        wanted = len(request.prompt_token_ids) + request.sampling.max_tokens
-        if wanted > self.max_model_len:
-            raise PromptTooLongError(
-                f"{len(request.prompt_token_ids)} prompt tokens and max_tokens {request.sampling.max_tokens} are over the"
-                f" model's limit of {self.max_model_len} tokens",
-                param="max_tokens",
-            )
-        pages = (wanted // PAGE_SIZE + 1) + (request.sampling.n - 1) * (request.sampling.max_tokens // PAGE_SIZE + 1)
-        if pages > self.retrieval_pool.num_pages:
-            raise PromptTooLongError(f"the request needs {pages} pages, the pool has {self.retrieval_pool.num_pages}")
-        if request.sampling.n > self.config.scheduler.max_batch_size:
-            raise InvalidRequestError(
-                f"n must be at most {self.config.scheduler.max_batch_size}, got {request.sampling.n}", param="n"
-            )
 
     def _lead(self, request_id: str) -> Sequence:
         return self._live[request_id][0]
