@@ -14,6 +14,7 @@ from pydantic_core import from_json
 
 from lserve.engine.errors import InvalidRequestError
 from lserve.engine.request import AttentionOptions, SamplingParams
+from lserve.engine.sampling_limits import MAX_LOGPROBS, MAX_STOPS
 
 IGNORED = frozenset(
     {
@@ -47,10 +48,8 @@ NEUTRAL: dict[str, Sequence[object]] = {
 }
 """Fields for what LServe does not do, each with the values (besides null) that ask for nothing."""
 
-MAX_STOPS = 32
 MAX_STOP_LENGTH = 1024
 MAX_LOGIT_BIAS = 1024
-MAX_TOP_LOGPROBS = 20
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -193,7 +192,7 @@ class ChatBody(_Generation):
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:
@@ -206,7 +205,7 @@ class CompletionBody(_Generation):
     """POST /v1/completions."""
 
     prompt: Annotated[tuple[Prompt, ...], BeforeValidator(_prompts)]
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
 class TokenizeBody(_Body):

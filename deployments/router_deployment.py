@@ -1,0 +1,56 @@
+"""The router as a Ray Serve deployment: the ingress of the application."""
+
+import asyncio
+import urllib.request
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from .api import Api
+from .metrics import Metrics, ServeInstrument
+from .router import RouterCore, Tokenizer
+from .serve_pool import ServePool
+from .settings import Settings
+
+METRICS_TIMEOUT_S = 5.0
+
+
+@serve.deployment
+@serve.ingress()
+class Router:
+    """Holds the core and its tokenizer; no model, no pages.
+
+    decode: handle of the decode deployment. tokenizer: None loads the model's.
+    """
+
+    async def __init__(
+        self, settings: Settings, decode: "DeploymentHandle[object]", tokenizer: Tokenizer | None = None
+    ) -> None:
+        if tokenizer is None:
+            tokenizer = await asyncio.to_thread(_load_tokenizer, settings)
+        self._core = RouterCore(settings, tokenizer, ServePool(decode), Metrics(ServeInstrument))
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return Api(self._core, read_node_metrics).app()
+
+
+def _load_tokenizer(settings: Settings) -> Tokenizer:
+    from lserve.engine.tokenizer import Tokenizer as ModelTokenizer
+
+    return ModelTokenizer.from_pretrained(settings.model.path)
+
+
+async def read_node_metrics() -> str:
+    """What this node's Ray agent exports for Prometheus; our own names without the `ray_` that Ray puts before them."""
+    node_id = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def read() -> str:
+        with urllib.request.urlopen(url, timeout=METRICS_TIMEOUT_S) as response:
+            text: str = response.read().decode()
+            return text
+
+    return (await asyncio.to_thread(read)).replace("ray_lserve_", "lserve_")

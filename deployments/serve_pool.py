@@ -1,0 +1,103 @@
+"""The decode workers behind a Ray Serve handle."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from lserve.engine.config import PAGE_SIZE
+from lserve.engine.errors import CapacityError, LServeError, WorkerLostError
+from lserve.engine.request import Output, Request
+
+from .messages import PrefixHint, WorkerInfo, WorkerLoad
+from .pool import WorkerGoneError
+
+POLL_INTERVAL_S = 0.25
+POLL_TIMEOUT_S = 2.0
+
+
+class ServePool:
+    """The replicas of the decode deployment, behind a Serve handle.
+
+    A request goes to the worker with the fewest reserved pages, counted as it last said plus what was sent to it since.
+    With one worker there is nothing to choose, and nothing is polled.
+    """
+
+    def __init__(self, handle: "DeploymentHandle[object]") -> None:
+        self._handle = handle
+        self._stream = handle.options(method_name="generate", stream=True)
+        self._info: WorkerInfo | None = None
+        self._loads: dict[str, WorkerLoad] = {}
+        self._sent_pages: defaultdict[str, int] = defaultdict(int)
+        self._polling: asyncio.Task[None] | None = None
+
+    async def generate(self, request: Request, hint: PrefixHint) -> AsyncGenerator[list[Output], None]:
+        """Outputs of the request from the least loaded worker, until it is done or the generator is closed."""
+        response = self._stream.remote(request, replace(hint, prefer=self._choose(request)))
+        finished = False
+        try:
+            async for outputs in response:
+                yield outputs
+            finished = True
+        except (RayError, BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
+            finished = True
+            raise _translated(error) from error
+        finally:
+            if not finished:
+                response.cancel()
+
+    async def info(self) -> WorkerInfo:
+        """Of any worker, asked once."""
+        if self._info is None:
+            try:
+                self._info = await self._handle.info.remote()
+            except (RayError, DeploymentUnavailableError) as error:
+                raise _translated(error) from error
+            self._polling = asyncio.create_task(self._poll())
+        return self._info
+
+    async def ready(self) -> bool:
+        """Whether any worker answers within two seconds: its model is loaded, and its engine's thread takes calls."""
+        return any(isinstance(answer, WorkerLoad) for answer in await self._ask("load"))
+
+    def _choose(self, request: Request) -> tuple[str, ...]:
+        if len(self._loads) < 2:
+            return ()
+        pages = {worker: load.reserved_pages + self._sent_pages[worker] for worker, load in self._loads.items()}
+        ranked = sorted(pages, key=pages.__getitem__)
+        self._sent_pages[ranked[0]] += len(request.input_token_ids) // PAGE_SIZE + request.sampling.n
+        return tuple(ranked)
+
+    async def _poll(self) -> None:
+        while True:
+            self._sent_pages.clear()
+            answers = await self._ask("load")
+            loads = [answer for answer in answers if isinstance(answer, WorkerLoad)]
+            self._loads = {load.worker_id: load for load in loads}
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def _ask(self, method: str) -> list[object]:
+        try:
+            broadcast = self._handle.broadcast(method)
+            return list(await broadcast.results_async(timeout_s=POLL_TIMEOUT_S, return_exceptions=True))
+        except (TimeoutError, RayError, DeploymentUnavailableError):
+            return []
+
+
+def _translated(error: Exception) -> LServeError:
+    """What a failed call means: the worker's own error, or the loss of the worker."""
+    if isinstance(error, RayTaskError):
+        cause = error.cause
+        if isinstance(cause, LServeError):
+            return cause
+        if not isinstance(cause, RayActorError):
+            return LServeError(f"a worker failed: {type(cause).__name__}")
+    if isinstance(error, BackPressureError):
+        return CapacityError("every worker's queue is full")
+    if isinstance(error, DeploymentUnavailableError):
+        return WorkerLostError("no decode worker is running")
+    return WorkerGoneError("the decode worker was lost")
