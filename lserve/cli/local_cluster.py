@@ -1,0 +1,112 @@
+"""Ray and Ray Serve on this machine, reachable from this machine only, and gone afterwards without a trace."""
+
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from lserve.deployments.settings import Settings
+from lserve.engine.errors import LServeError
+
+LOOPBACK = "127.0.0.1"
+APPLICATION = "lserve"
+_OBJECT_STORE_BYTES = 128 << 20  # messages between deployments are small; memory is for pages
+_STOP_TIMEOUT_S = 10.0
+
+
+@contextmanager
+def local_ray(settings: Settings, *, dashboard: bool = False) -> Iterator[None]:
+    """A Ray cluster of one node on the loopback address, for the length of the block.
+
+    Ray may hand out as many cores as the settings reserve, whatever the machine has. Logs lie in a temporary directory,
+    which goes with the cluster. On exit every process that was started since is gone, killed where it does not end.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    before = set(psutil.Process().children(recursive=True))
+    logs = tempfile.mkdtemp(prefix="lserve-ray-", dir=_short_temporary_directory())
+    try:
+        ray.init(
+            address="local",
+            num_cpus=_reserved_cpus(settings),
+            include_dashboard=dashboard,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address=LOOPBACK,
+            _temp_dir=logs,
+        )
+        yield
+    finally:
+        started = set(psutil.Process().children(recursive=True)) - before
+        ray.shutdown()
+        _end(started)
+        shutil.rmtree(logs, ignore_errors=True)
+
+
+@contextmanager
+def serving(settings: Settings) -> Iterator[str]:
+    """The application on the running Ray cluster, for the length of the block; gives its URL once it is up.
+
+    Raises LServeError with a worker's own words when it cannot start.
+    """
+    from ray import serve
+
+    from lserve.deployments.app import build
+
+    host, port = settings.router.host, settings.router.port
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    try:
+        try:
+            serve.run(build(settings.model_dump()), name=APPLICATION, route_prefix="/")
+        except RuntimeError as error:
+            raise LServeError(_reason(str(error))) from error
+        yield f"http://{LOOPBACK if host == '0.0.0.0' else host}:{port}"
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def check_port_is_free(host: str, port: int) -> None:
+    """Raises LServeError when something listens there already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LServeError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
+
+
+def _reserved_cpus(settings: Settings) -> int:
+    parts = (settings.prefill, settings.decode, settings.router)
+    return math.ceil(sum(part.replicas * part.num_cpus for part in parts))
+
+
+def _reason(report: str) -> str:
+    """Serve reports a failed start with the worker's whole traceback: its last line says what was wrong."""
+    lines = [line.strip() for line in report.splitlines()]
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b.*: ", line)]
+    return f"a worker did not start: {(raised or lines)[-1]}"
+
+
+def _end(processes: set[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(list(processes), timeout=_STOP_TIMEOUT_S)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=_STOP_TIMEOUT_S)
+
+
+def _short_temporary_directory() -> Path:
+    """Ray puts sockets deep below its directory, and a socket's path has 107 bytes at most."""
+    chosen = Path(tempfile.gettempdir())
+    return chosen if len(str(chosen)) <= 20 else Path("/tmp")
