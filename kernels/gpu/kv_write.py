@@ -1,0 +1,216 @@
+"""Triton kernels of `kv_write`: the tail's newest token, and quantizing whole pages."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..slot_layout import SlotLayout
+from .codec import pool_views
+
+
+@triton.jit
+def _append_tail_kernel(
+    key, value, tail_key, tail_value, rows, positions,
+    key_stride_b, key_stride_h, value_stride_b, value_stride_h,
+    tk_stride_r, tk_stride_h, tk_stride_t, tv_stride_r, tv_stride_h, tv_stride_t,
+    HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + b).to(tl.int64)
+    token = (tl.load(positions + b) % P).to(tl.int64)
+    heads = tl.arange(0, BLOCK_H)[:, None]
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    mask = (heads < HEADS) & (columns < D)
+    x = tl.load(key + b * key_stride_b + heads * key_stride_h + columns, mask=mask)
+    tl.store(tail_key + row * tk_stride_r + token * tk_stride_t + heads * tk_stride_h + columns, x, mask=mask)
+    x = tl.load(value + b * value_stride_b + heads * value_stride_h + columns, mask=mask)
+    tl.store(tail_value + row * tv_stride_r + token * tv_stride_t + heads * tv_stride_h + columns, x, mask=mask)
+
+
+@triton.jit
+def _half_below(x):
+    """Largest fp16 that is at most x (float32)."""
+    half = x.to(tl.float16)
+    bits = half.to(tl.int16, bitcast=True)
+    below = tl.where(bits > 0, bits - 1, tl.where(bits == 0, -32767, bits + 1)).to(tl.int16)
+    return tl.where(half.to(tl.float32) > x, below.to(tl.float16, bitcast=True), half)
+
+
+@triton.jit
+def _half_above(x):
+    """Smallest fp16 that is at least x (float32, not negative)."""
+    half = x.to(tl.float16)
+    above = (half.to(tl.int16, bitcast=True) + 1).to(tl.int16).to(tl.float16, bitcast=True)
+    return tl.where(half.to(tl.float32) < x, above, half)
+
+
+@triton.jit
+def _scale(low, high, LEVELS: tl.constexpr):
+    """fp16 minimum and step whose range covers [low, high], and the factor from distance to codes (0 for a range of one point)."""
+    minimum = _half_below(low)
+    step = _half_above((high - minimum.to(tl.float32)) / LEVELS)
+    width = step.to(tl.float32)
+    return minimum, step, tl.where(width == 0, 0.0, 1.0 / tl.where(width == 0, 1.0, width))
+
+
+@triton.jit
+def _codes(x, minimum, factor, LEVELS: tl.constexpr):
+    return tl.minimum((x - minimum.to(tl.float32)) * factor + 0.5, LEVELS).to(tl.uint8)
+
+
+@triton.jit
+def _store_halves(pool, offset, rows, columns, low, high, mask, D: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr):
+    """Codes of both half pages, uint8 [HALF, D], packed as `SlotLayout` says."""
+    target = pool + offset + rows * D + columns
+    if BITS == 4:
+        tl.store(target, low | (high << 4), mask=mask)
+    else:
+        tl.store(target, low, mask=mask)
+        tl.store(target + HALF * D, high, mask=mask)
+
+
+@triton.jit
+def _ranges(x, LOGICAL: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr):
+    """Minimum and maximum of each logical page of a half page [HALF, D], float32 [groups, D]."""
+    grouped = tl.reshape(x, (HALF // LOGICAL, LOGICAL, BLOCK_D))
+    return tl.min(grouped, axis=1), tl.max(grouped, axis=1)
+
+
+@triton.jit
+def _per_token(x, LOGICAL: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr):
+    """[groups, D] to [HALF, D]."""
+    return tl.reshape(tl.broadcast_to(x[:, None, :], (HALF // LOGICAL, LOGICAL, BLOCK_D)), (HALF, BLOCK_D))
+
+
+@triton.jit
+def _write_pages_kernel(
+    key, value, heads, pool_u8, pool_codes, pool_half, page_ids, slots, valid,
+    key_stride_n, key_stride_t, key_stride_h, value_stride_n, value_stride_t, value_stride_h,
+    page_stride, slot_stride,
+    HAS_VALID: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, LOGICAL: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_LEVELS: tl.constexpr, VALUE_LEVELS: tl.constexpr,
+    KEY_MIN: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_CODES: tl.constexpr, VALUE_MIN: tl.constexpr, VALUE_STEP: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
+    if HAS_VALID:
+        if tl.load(valid + n) == 0:
+            return
+    slot = tl.load(page_ids + n).to(tl.int64) * page_stride + tl.load(slots + h).to(tl.int64) * slot_stride
+    slot = tl.multiple_of(slot, 16)
+    head = tl.load(heads + h).to(tl.int64)
+    rows = tl.arange(0, HALF)[:, None]
+    channels = tl.arange(0, BLOCK_D)
+    columns = channels[None, :]
+    in_head = columns < D
+    mask = in_head & (rows >= 0)
+
+    source = key + n * key_stride_n + head * key_stride_h + rows.to(tl.int64) * key_stride_t + columns
+    low_raw = tl.load(source, mask=mask, other=0)
+    high_raw = tl.load(source + HALF * key_stride_t, mask=mask, other=0)
+    low, high = low_raw.to(tl.float32), high_raw.to(tl.float32)
+    statistics = pool_half + slot // 2
+    if LOGICAL == 2 * HALF:
+        minimum, step, factor = _scale(
+            tl.minimum(tl.min(low, 0), tl.min(high, 0)), tl.maximum(tl.max(low, 0), tl.max(high, 0)), KEY_LEVELS
+        )
+        tl.store(statistics + KEY_MIN // 2 + channels, minimum, mask=channels < D)
+        tl.store(statistics + KEY_STEP // 2 + channels, step, mask=channels < D)
+        low_codes = _codes(low, minimum[None, :], factor[None, :], KEY_LEVELS)
+        high_codes = _codes(high, minimum[None, :], factor[None, :], KEY_LEVELS)
+    else:
+        groups = tl.arange(0, HALF // LOGICAL)[:, None]
+        target = statistics + groups * D + columns
+        half_groups: tl.constexpr = HALF // LOGICAL * D
+        small, large = _ranges(low, LOGICAL, BLOCK_D, HALF)
+        minimum, step, factor = _scale(small, large, KEY_LEVELS)
+        group_mask = in_head & (groups >= 0)
+        tl.store(target + KEY_MIN // 2, minimum, mask=group_mask)
+        tl.store(target + KEY_STEP // 2, step, mask=group_mask)
+        low_codes = _codes(
+            low, _per_token(minimum, LOGICAL, BLOCK_D, HALF), _per_token(factor, LOGICAL, BLOCK_D, HALF), KEY_LEVELS
+        )
+        small, large = _ranges(high, LOGICAL, BLOCK_D, HALF)
+        minimum, step, factor = _scale(small, large, KEY_LEVELS)
+        tl.store(target + half_groups + KEY_MIN // 2, minimum, mask=group_mask)
+        tl.store(target + half_groups + KEY_STEP // 2, step, mask=group_mask)
+        high_codes = _codes(
+            high, _per_token(minimum, LOGICAL, BLOCK_D, HALF), _per_token(factor, LOGICAL, BLOCK_D, HALF), KEY_LEVELS
+        )
+    if KEY_BITS >= 16:
+        element = slot * 8 // KEY_BITS
+        _store_halves(pool_codes, element, rows, columns, low_raw, high_raw, mask, D, HALF, KEY_BITS)
+    else:
+        _store_halves(pool_u8, slot, rows, columns, low_codes, high_codes, mask, D, HALF, KEY_BITS)
+
+    source = value + n * value_stride_n + head * value_stride_h + rows.to(tl.int64) * value_stride_t + columns
+    low_raw = tl.load(source, mask=mask, other=0)
+    high_raw = tl.load(source + HALF * value_stride_t, mask=mask, other=0)
+    if VALUE_BITS >= 16:
+        element = (slot + VALUE_CODES) * 8 // VALUE_BITS
+        _store_halves(pool_codes, element, rows, columns, low_raw, high_raw, mask, D, HALF, VALUE_BITS)
+    else:
+        tokens = tl.arange(0, HALF)
+        low, high = low_raw.to(tl.float32), high_raw.to(tl.float32)
+        minimum, step, factor = _scale(
+            tl.min(tl.where(mask, low, float("inf")), 1), tl.max(tl.where(mask, low, float("-inf")), 1), VALUE_LEVELS
+        )
+        tl.store(statistics + VALUE_MIN // 2 + tokens, minimum)
+        tl.store(statistics + VALUE_STEP // 2 + tokens, step)
+        low_codes = _codes(low, minimum[:, None], factor[:, None], VALUE_LEVELS)
+        minimum, step, factor = _scale(
+            tl.min(tl.where(mask, high, float("inf")), 1), tl.max(tl.where(mask, high, float("-inf")), 1), VALUE_LEVELS
+        )
+        tl.store(statistics + VALUE_MIN // 2 + HALF + tokens, minimum)
+        tl.store(statistics + VALUE_STEP // 2 + HALF + tokens, step)
+        high_codes = _codes(high, minimum[:, None], factor[:, None], VALUE_LEVELS)
+        _store_halves(pool_u8, slot + VALUE_CODES, rows, columns, low_codes, high_codes, mask, D, HALF, VALUE_BITS)
+
+
+def append_tail(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tail_key: torch.Tensor,
+    tail_value: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """See `kernels.kv_write.append_tail`."""
+    num_batch, heads, head_dim = key.shape
+    if not num_batch:
+        return
+    _append_tail_kernel[(num_batch,)](
+        key, value, tail_key, tail_value, rows, positions,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        *tail_key.stride()[:3], *tail_value.stride()[:3],
+        HEADS=heads, D=head_dim, P=tail_key.shape[2],
+        BLOCK_H=triton.next_power_of_2(heads), BLOCK_D=triton.next_power_of_2(head_dim),
+    )  # fmt: skip
+
+
+def write_pages(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    heads: torch.Tensor,
+    pool: torch.Tensor,
+    page_ids: torch.Tensor,
+    slots: torch.Tensor,
+    layout: SlotLayout,
+    valid: torch.Tensor | None = None,
+) -> None:
+    """See `kernels.kv_write.write_pages`."""
+    num_pages, num_heads = page_ids.numel(), heads.numel()
+    if not num_pages or not num_heads:
+        return
+    codes, half = pool_views(pool, layout)
+    _write_pages_kernel[(num_pages, num_heads)](
+        key, value, heads, pool, codes, half, page_ids, slots, page_ids if valid is None else valid,
+        *key.stride()[:3], *value.stride()[:3], pool.stride(0), pool.stride(1),
+        HAS_VALID=valid is not None, D=layout.head_dim, BLOCK_D=triton.next_power_of_2(layout.head_dim),
+        HALF=layout.page_size // 2, LOGICAL=layout.logical_page_size,
+        KEY_BITS=layout.key_bits, VALUE_BITS=layout.value_bits,
+        KEY_LEVELS=layout.key_levels, VALUE_LEVELS=15 if layout.value_bits == 4 else 255,
+        KEY_MIN=layout.key_min, KEY_STEP=layout.key_step, VALUE_CODES=layout.value_codes,
+        VALUE_MIN=layout.value_min, VALUE_STEP=layout.value_step,
+        num_warps=4,
+    )  # fmt: skip
