@@ -54,6 +54,7 @@ class EmbeddedValkey:
             ["/bin/sh", "-c", _KEEPER, "sh", _server_binary(), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # the shell's remark on how the server ended
             cwd=self.directory,
             env={"DIRECTORY": str(self.directory), "PATH": "/usr/bin:/bin"},
             start_new_session=True,  # the owner's Ctrl-C is not the server's

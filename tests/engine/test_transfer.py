@@ -26,7 +26,7 @@ EXPECTED = make_pools(PAGE_BYTES)
 class Peer:
     """A worker process over loopback NIXL. `transports` limits what UCX may use on its side."""
 
-    def __init__(self, directory: Path, name: str = "prefill", *, transports: str = "") -> None:
+    def __init__(self, directory: Path, *, transports: str = "", device: str = "cpu") -> None:
         path = directory / "peer.sock"
         path.unlink(missing_ok=True)
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -35,7 +35,7 @@ class Peer:
         with Listener(str(path)) as listener:
             script = str(Path(__file__).with_name("transfer_peer.py"))
             self.process = subprocess.Popen(
-                [sys.executable, script, str(path), name, "format", str(PAGE_BYTES)], env=environment, cwd=ROOT
+                [sys.executable, script, str(path), "prefill", device, str(PAGE_BYTES)], env=environment, cwd=ROOT
             )
             self.connection = listener.accept()
         self.metadata: PeerMetadata = self.connection.recv()
@@ -53,8 +53,8 @@ MakePeer = Callable[..., Peer]
 def make_peer(tmp_path: Path) -> Iterator[MakePeer]:
     peers: list[Peer] = []
 
-    def make(name: str = "prefill", *, transports: str = "") -> Peer:
-        peers.append(Peer(tmp_path, name, transports=transports))
+    def make(*, transports: str = "", device: str = "cpu") -> Peer:
+        peers.append(Peer(tmp_path, transports=transports, device=device))
         return peers[-1]
 
     yield make
@@ -268,3 +268,26 @@ def test_a_read_cancelled_at_once_leaves_nothing_pending(peer: Peer, transfer: T
         assert not transfer.pending_pages()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_device_pages_arrive_byte_for_byte_and_fast(make_peer: MakePeer, caplog: pytest.LogCaptureFixture) -> None:
+    pools = make_pools(PAGE_BYTES, "cuda")
+    for pool in pools.values():
+        pool.zero_()
+    torch.cuda.synchronize()
+    transfer = Transfer("decode", pools, format_id="format")
+
+    async def scenario() -> float:
+        name = transfer.add_peer(make_peer(device="cuda").metadata)
+        reads = [PageRead("retrieval", page, 63 - page) for page in range(64)] + [PageRead("tail", 0, 3)]
+        return min([(await transfer.read(name, reads, timeout_s=30)).seconds for _ in range(5)])
+
+    seconds = asyncio.run(scenario())
+    assert torch.equal(pools["retrieval"].cpu(), EXPECTED["retrieval"].flip(0))
+    assert torch.equal(pools["tail"][3].cpu(), EXPECTED["tail"][0])
+    assert not pools["streaming"].any()
+    assert 65 * PAGE_BYTES / seconds > 5e9, "over CUDA IPC, not TCP"
+    assert "TCP" not in caplog.text
+    transfer.close()
