@@ -85,9 +85,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoTokenizer
 
-    from lserve.engine.gguf import GGUFTensors, read_gguf_config
+    from lserve.engine.gguf import GGUFTensors, gguf_config, open_gguf
 
-    tensors = GGUFTensors(gguf, read_gguf_config(gguf))
+    reader = open_gguf(gguf)
+    tensors = GGUFTensors(reader, gguf_config(reader))
     save_file(
         {name: tensors.read(name).float() for name in tensors.names()}, folder / "model.safetensors", {"format": "pt"}
     )
