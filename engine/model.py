@@ -73,19 +73,19 @@ class Model:
         token_ids, positions: int64 [T] on the model's device. Returns hidden states [T, hidden_size] for `logits`.
         """
         config, layers = self.config, self._weights.layers
-        eps, num_tokens = config.rms_norm_eps, token_ids.shape[0]
+        eps, num_tokens, num_heads = config.rms_norm_eps, token_ids.shape[0], sum(self._widths)
         cos, sin = self._rotary.tables(positions)
         residual = torch.nn.functional.embedding(token_ids, self._weights.embedding)
         x = norm_for(layers[0].qkv, residual, layers[0].input_norm, eps)
         for index, layer in enumerate(layers):
-            heads = layer.qkv(x).view(num_tokens, -1, config.head_dim)
+            heads = layer.qkv(x).view(num_tokens, num_heads, config.head_dim)
             query, key, value = heads.split_with_sizes(self._widths, dim=1)
             if layer.query_norm is None or layer.key_norm is None:
                 query, key = rope(query, key, cos, sin)
             else:
                 query, key = qk_norm_rope(query, key, layer.query_norm, layer.key_norm, eps, cos, sin)
             attended = attend(index, query, key, value)
-            delta = layer.output(attended.reshape(num_tokens, -1))
+            delta = layer.output(attended.reshape(num_tokens, config.num_heads * config.head_dim))
             x, residual = add_norm_for(layer.gate_up, delta, residual, layer.post_norm, eps)
             delta = layer.down(silu_mul_for(layer.down, layer.gate_up(x)))
             if index + 1 < len(layers):

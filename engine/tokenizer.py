@@ -17,7 +17,7 @@ SPACE = "\u2581"
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer and chat template. Safe to use from several threads; runs no code from the checkpoint."""
+    """A checkpoint's tokenizer and chat template. Safe on several threads at once; runs no code from the checkpoint."""
 
     def __init__(self, tokenizer: Any) -> None:
         """tokenizer: one of transformers', with a Rust backend. Most callers want `from_pretrained`."""
@@ -26,7 +26,9 @@ class Tokenizer:
         # a tokenizer.json may ask for cut or padded prompts; a server wants them whole
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._added = {i: token.content for i, token in self._backend.get_added_tokens_decoder().items()}
+        self._added: dict[int, str] = {
+            i: token.content for i, token in self._backend.get_added_tokens_decoder().items()
+        }
         self._is_byte_level = "ByteLevel" in repr(self._backend.decoder)
         self.vocab_size: int = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         """One more than the highest token id; the model's own vocabulary may be padded beyond it."""
@@ -69,7 +71,7 @@ class Tokenizer:
         """The bytes that a token adds to the text (a special token: its name); none for an id without a token."""
         if token_id in self._added:
             return self._added[token_id].encode()
-        token = self._backend.id_to_token(token_id)
+        token: str | None = self._backend.id_to_token(token_id)
         if token is None:
             return b""
         if self._is_byte_level:
@@ -77,7 +79,7 @@ class Tokenizer:
             return bytes(table[c] for c in token) if all(c in table for c in token) else token.encode()
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
-        return str(token).replace(SPACE, " ").encode()
+        return token.replace(SPACE, " ").encode()
 
     def apply_chat_template(
         self,
