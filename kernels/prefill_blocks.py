@@ -2,7 +2,6 @@
 
 import torch
 
-from .cpu import prefill_blocks as cpu
 from .views import BlockLists, LayerView, PrefillBatch
 
 
@@ -29,4 +28,6 @@ def prefill_blocks(
         from .gpu import prefill_blocks as gpu
 
         return gpu.prefill_blocks(query, key, scratch_key, layer, batch, sparse_from, threshold, budget)
+    from .cpu import prefill_blocks as cpu
+
     return cpu.prefill_blocks(query, key, scratch_key, layer, batch, sparse_from, threshold, budget)
