@@ -97,7 +97,7 @@ def quantize_w4(weight: Tensor) -> W4Weight:
     levels = torch.stack((step.to(torch.uint8), minimum.to(torch.int8).view(torch.uint8)), dim=-1)
     return W4Weight(
         codes=(low | high << 4).transpose(0, 1).contiguous(),
-        levels=levels.view(num_rows, num_chunks, 4).view(torch.int32).squeeze(-1).t().contiguous(),
+        levels=levels.view(num_rows, num_chunks, 4).view(torch.int32).squeeze(-1).t().clone(memory_format=torch.contiguous_format),
         scale=scale,
         semaphores=_semaphores(weight),
         in_features=in_features,

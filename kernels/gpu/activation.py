@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation_format import ActivationFormat, QuantizedActivation
+from .overlap import after_previous, can_overlap, let_next_start
 from .quantize import empty_quantized, largest_code, row_block, store_quantized_row
 
 
@@ -17,7 +18,11 @@ def _gated(gate_up_row, channels, inside, num_channels):
 
 
 @triton.jit
-def silu_mul_kernel(gate_up_ptr, out_ptr, gate_up_stride, num_channels, BLOCK: tl.constexpr):
+def silu_mul_kernel(
+    gate_up_ptr, out_ptr, gate_up_stride, num_channels, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    let_next_start(PDL)
+    after_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < num_channels
@@ -29,7 +34,10 @@ def silu_mul_kernel(gate_up_ptr, out_ptr, gate_up_stride, num_channels, BLOCK: t
 def quantize_kernel(
     x_ptr, codes_ptr, scale_ptr, sums_ptr, x_stride, num_channels, num_groups,
     GATED: tl.constexpr, LARGEST: tl.constexpr, FP8: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(PDL)
+    after_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, BLOCK)
     inside = channels < num_channels
@@ -48,9 +56,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     num_tokens, num_channels = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_tokens, num_channels), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
+        overlap = can_overlap(out.device)
         block = min(triton.next_power_of_2(num_channels), 2048)
         silu_mul_kernel[(num_tokens, triton.cdiv(num_channels, block))](
-            gate_up, out, gate_up.stride(0), num_channels, BLOCK=block, num_warps=4
+            gate_up, out, gate_up.stride(0), num_channels, BLOCK=block, PDL=overlap, num_warps=4, launch_pdl=overlap
         )
     return out
 
@@ -69,10 +78,11 @@ def _quantize(x: Tensor, num_channels: int, form: ActivationFormat, *, gated: bo
     x = x if x.stride(1) == 1 else x.contiguous()
     out = empty_quantized(x.shape[0], num_channels, x, form)
     if x.numel():
+        overlap = can_overlap(x.device)
         block, num_warps = row_block(num_channels)
         quantize_kernel[(x.shape[0],)](
             x, out.codes, out.scale, out.sums, x.stride(0), num_channels, 0 if out.sums is None else out.sums.shape[1],
             GATED=gated, LARGEST=largest_code(form), FP8=form == "fp8", SUMS=out.sums is not None,
-            BLOCK=block, num_warps=num_warps,
+            BLOCK=block, PDL=overlap, num_warps=num_warps, launch_pdl=overlap,
         )  # fmt: skip
     return out

@@ -13,6 +13,7 @@ from ..activation_format import QuantizedActivation
 from ..weight_format import CHUNK, W4Weight, W8Weight
 from .linear_decode import w4a8_decode_kernel, w8a8_decode_kernel
 from .linear_prefill import decode_w4_kernel, w8a8_prefill_kernel
+from .overlap import can_overlap
 
 DECODE_TOKENS = 64
 """Batches up to here read weights at memory speed; larger ones go to the prefill kernels."""
@@ -114,12 +115,14 @@ def launch_w4a8_decode(
         return out
     num_chunks = triton.cdiv(num_channels, CHUNK)
     grid, workspace = _split(num_tokens, weight.out_features, weight.semaphores, torch.int32, tiles)
+    overlap = can_overlap(out.device)
     w4a8_decode_kernel[grid](
         x.codes, x.sums, x.scale, weight.codes, weight.levels, weight.scale, bias, out, workspace, weight.semaphores,
         num_tokens, weight.out_features, num_channels, x.sums.shape[1], num_chunks,
-        triton.cdiv(num_chunks, tiles.parts), PARTS=tiles.parts, BIAS=bias is not None,
+        triton.cdiv(num_chunks, tiles.parts), SPLIT=tiles.parts > 1, BIAS=bias is not None,
         EVEN_N=weight.out_features % tiles.block_n == 0, EVEN_K=num_channels % CHUNK == 0,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, STAGES=tiles.stages, num_warps=tiles.num_warps,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, STAGES=tiles.stages, PDL=overlap,
+        num_warps=tiles.num_warps, launch_pdl=overlap,
     )  # fmt: skip
     return out
 
@@ -136,13 +139,14 @@ def launch_w8a8_decode(
     num_chunks = triton.cdiv(num_channels, W8_BLOCK_K)
     sum_dtype = torch.int32 if whole else torch.float32
     grid, workspace = _split(num_tokens, weight.out_features, weight.semaphores, sum_dtype, tiles)
+    overlap = can_overlap(out.device)
     w8a8_decode_kernel[grid](
         x.codes, x.scale, weight.codes, weight.scale, bias, out, workspace, weight.semaphores,
         num_tokens, weight.out_features, num_channels, num_chunks, triton.cdiv(num_chunks, tiles.parts),
-        PARTS=tiles.parts, BIAS=bias is not None, EVEN_N=weight.out_features % tiles.block_n == 0,
+        SPLIT=tiles.parts > 1, BIAS=bias is not None, EVEN_N=weight.out_features % tiles.block_n == 0,
         EVEN_K=num_channels % W8_BLOCK_K == 0, SUM=tl.int32 if whole else tl.float32,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=W8_BLOCK_K, STAGES=tiles.stages,
-        num_warps=tiles.num_warps,
+        PDL=overlap, num_warps=tiles.num_warps, launch_pdl=overlap,
     )  # fmt: skip
     return out
 

@@ -9,6 +9,8 @@ Weights are the left operand of the matrix unit, whose tile is 16 or 64 rows hig
 import triton
 import triton.language as tl
 
+from .overlap import after_previous, let_next_start, prefetch_lines
+
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 CHUNK = tl.constexpr(256)
 GROUP = tl.constexpr(128)
@@ -40,19 +42,19 @@ def high_nibbles(packed):
 @triton.jit
 def _finish(
     acc, tile, part, tokens, columns, num_tokens, num_columns, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr,
-    workspace_ptr, semaphores_ptr,
-    PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    workspace_ptr, semaphores_ptr, num_parts,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     done = True
-    if PARTS > 1:
+    if SPLIT:
         cells = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        shared = workspace_ptr + tile * (PARTS * BLOCK_M * BLOCK_N) + cells
+        shared = workspace_ptr + tile * num_parts * (BLOCK_M * BLOCK_N) + cells
         tl.store(shared + part * (BLOCK_M * BLOCK_N), acc)
         tl.debug_barrier()
-        done = tl.atomic_add(semaphores_ptr + tile, 1, sem="acq_rel") == PARTS - 1
+        done = tl.atomic_add(semaphores_ptr + tile, 1, sem="acq_rel") == num_parts - 1
         if done:
             acc = tl.zeros_like(acc)
-            for other in tl.static_range(PARTS):
+            for other in tl.range(0, num_parts):
                 acc += tl.load(shared + other * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
             tl.store(semaphores_ptr + tile, 0)
     if done:
@@ -70,8 +72,8 @@ def _finish(
 def w4a8_decode_kernel(
     x_ptr, x_sums_ptr, x_scale_ptr, codes_ptr, levels_ptr, w_scale_ptr, bias_ptr, out_ptr,
     workspace_ptr, semaphores_ptr, num_tokens, num_columns, num_channels, num_groups, num_chunks, chunks_per_part,
-    PARTS: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile_n = tl.program_id(0)
     part = tl.program_id(1)
@@ -85,6 +87,12 @@ def w4a8_decode_kernel(
     kept = columns < num_columns
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     first = part * chunks_per_part
+    let_next_start(PDL)
+    if PDL:
+        real_columns = tl.minimum(columns, num_columns - 1)
+        for step in tl.range(0, tl.minimum(chunks_per_part, num_chunks - first)):
+            prefetch_lines(codes_ptr + ((first + step).to(tl.int64) * num_columns + real_columns) * GROUP)
+    after_previous(PDL)
     for step in tl.range(0, tl.minimum(chunks_per_part, num_chunks - first), num_stages=STAGES):
         chunk = first + step
         base = chunk.to(tl.int64) * num_columns
@@ -109,7 +117,8 @@ def w4a8_decode_kernel(
         acc += ((levels << 16) >> 24)[:, None] * sums_low[None, :] + (levels >> 24)[:, None] * sums_high[None, :]
     _finish(
         acc, tile_m * tl.num_programs(0) + tile_n, part, tokens, columns, num_tokens, num_columns, x_scale_ptr,
-        w_scale_ptr, bias_ptr, out_ptr, workspace_ptr, semaphores_ptr, PARTS, BIAS, BLOCK_M, BLOCK_N,
+        w_scale_ptr, bias_ptr, out_ptr, workspace_ptr, semaphores_ptr, tl.num_programs(1),
+        SPLIT, BIAS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -117,8 +126,8 @@ def w4a8_decode_kernel(
 def w8a8_decode_kernel(
     x_ptr, x_scale_ptr, codes_ptr, w_scale_ptr, bias_ptr, out_ptr, workspace_ptr, semaphores_ptr,
     num_tokens, num_columns, num_channels, num_chunks, chunks_per_part,
-    PARTS: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SUM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SUM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile_n = tl.program_id(0)
     part = tl.program_id(1)
@@ -132,6 +141,12 @@ def w8a8_decode_kernel(
     kept = columns < num_columns
     acc = tl.zeros((BLOCK_N, BLOCK_M), SUM)
     first = part * chunks_per_part
+    let_next_start(PDL)
+    if PDL:
+        real_columns = tl.minimum(columns, num_columns - 1)
+        for step in tl.range(0, tl.minimum(chunks_per_part, num_chunks - first)):
+            prefetch_lines(codes_ptr + real_columns.to(tl.int64) * num_channels + (first + step) * BLOCK_K)
+    after_previous(PDL)
     for chunk in tl.range(first, tl.minimum(first + chunks_per_part, num_chunks), num_stages=STAGES):
         channel = chunk * BLOCK_K
         inside = channel + inner < num_channels
@@ -146,5 +161,6 @@ def w8a8_decode_kernel(
         acc = tl.dot(codes, x, acc=acc, out_dtype=SUM, max_num_imprecise_acc=BLOCK_K)
     _finish(
         acc, tile_m * tl.num_programs(0) + tile_n, part, tokens, columns, num_tokens, num_columns, x_scale_ptr,
-        w_scale_ptr, bias_ptr, out_ptr, workspace_ptr, semaphores_ptr, PARTS, BIAS, BLOCK_M, BLOCK_N,
+        w_scale_ptr, bias_ptr, out_ptr, workspace_ptr, semaphores_ptr, tl.num_programs(1),
+        SPLIT, BIAS, BLOCK_M, BLOCK_N,
     )  # fmt: skip

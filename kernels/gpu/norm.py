@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation_format import ActivationFormat, QuantizedActivation
+from .overlap import after_previous, can_overlap, let_next_start
 from .quantize import empty_quantized, largest_code, row_block, store_quantized_row
 
 
@@ -14,11 +15,14 @@ def norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, scale_ptr, sums_ptr,
     x_stride, residual_stride, num_channels, num_groups, eps,
     ADD: tl.constexpr, QUANTIZE: tl.constexpr, LARGEST: tl.constexpr, FP8: tl.constexpr, SUMS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, BLOCK)
     inside = channels < num_channels
+    let_next_start(PDL)
+    weight = tl.load(weight_ptr + channels, mask=inside, other=0.0).to(tl.float32)
+    after_previous(PDL)
     x = tl.load(x_ptr + row * x_stride + channels, mask=inside, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + row * residual_stride + channels, mask=inside, other=0.0)
@@ -26,7 +30,6 @@ def norm_kernel(
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
         tl.store(total_ptr + row * num_channels + channels, x, mask=inside)
     values = x.to(tl.float32)
-    weight = tl.load(weight_ptr + channels, mask=inside, other=0.0).to(tl.float32)
     factor = tl.rsqrt(tl.sum(values * values) / num_channels + eps)
     values = values * factor * weight
     if QUANTIZE:
@@ -86,11 +89,13 @@ def _launch(
         return
     block, num_warps = row_block(num_channels)
     sums = None if quantized is None else quantized.sums
+    overlap = can_overlap(x.device)
     norm_kernel[(rows.shape[0],)](
         rows, residual_rows, weight, out, total, None if quantized is None else quantized.scale, sums,
         rows.stride(0), residual_rows.stride(0), num_channels, 0 if sums is None else sums.shape[1], eps,
         ADD=residual is not None, QUANTIZE=form is not None, LARGEST=127.0 if form is None else largest_code(form),
-        FP8=form == "fp8", SUMS=sums is not None, BLOCK=block, num_warps=num_warps,
+        FP8=form == "fp8", SUMS=sums is not None, BLOCK=block, PDL=overlap,
+        num_warps=num_warps, launch_pdl=overlap,
     )  # fmt: skip
 
 

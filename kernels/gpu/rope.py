@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .overlap import after_previous, can_overlap, let_next_start
+
 _ROWS = 32
 
 
@@ -13,8 +15,10 @@ def rope_kernel(
     query_ptr, key_ptr, query_out_ptr, key_out_ptr, query_weight_ptr, key_weight_ptr, cos_ptr, sin_ptr,
     query_stride_t, query_stride_h, key_stride_t, key_stride_h, table_stride, num_tokens, num_query_blocks, eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(PDL)
+    after_previous(PDL)
     block = tl.program_id(0)
     if block < num_query_blocks:
         _rotate_rows(
@@ -86,6 +90,7 @@ def _launch(
     query_out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
     key_out = torch.empty((num_tokens, num_kv_heads, head_dim), dtype=key.dtype, device=key.device)
     if num_tokens:
+        overlap = can_overlap(query.device)
         num_query_blocks = triton.cdiv(num_tokens * num_heads, _ROWS)
         num_key_blocks = triton.cdiv(num_tokens * num_kv_heads, _ROWS)
         rope_kernel[(num_query_blocks + num_key_blocks,)](
@@ -93,6 +98,6 @@ def _launch(
             query.stride(0), query.stride(1), key.stride(0), key.stride(1), cos.stride(0),
             num_tokens, num_query_blocks, eps,
             NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2, NORM=query_weight is not None,
-            ROWS=_ROWS, BLOCK=triton.next_power_of_2(head_dim // 2), num_warps=4,
+            ROWS=_ROWS, BLOCK=triton.next_power_of_2(head_dim // 2), PDL=overlap, num_warps=4, launch_pdl=overlap,
         )  # fmt: skip
     return query_out, key_out

@@ -1,0 +1,43 @@
+"""Programmatic dependent launch: from Hopper on, a kernel may start while the one ahead in the stream still runs.
+
+A kernel launched with `launch_pdl=True` calls `after_previous` before it touches anything but weights; from there on
+all earlier work is complete. What stands before that call overlaps the previous kernel: a linear layer brings its
+weights into the L2 there. Kernels launched without the flag wait for everything, as always.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether kernels on this device may use `launch_pdl=True`."""
+    return (
+        device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """The next kernel may start as soon as every program of this one has come here."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def after_previous(PDL: tl.constexpr):
+    """Waits until the kernel ahead is done and its writes can be seen."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def prefetch_lines(pointers):
+    """Asks for the 128-byte line behind each pointer to be brought into the L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
