@@ -51,7 +51,7 @@ def _read_pages_kernel(
 
     first = load_codes(pool_codes, slot * 8 // key_at, D, rows, columns, D, True)
     second = first
-    low_min = low_step = high_min = high_step = 0.0
+    low_min, low_step, high_min, high_step = 0.0, 0.0, 0.0, 0.0
     if KEY_BITS != 4:
         second = load_codes(pool_codes, slot * 8 // key_at + HALF * D, D, rows, columns, D, True)
     if KEY_BITS < 16:
@@ -67,7 +67,7 @@ def _read_pages_kernel(
     value_slot = slot + VALUE_CODES
     first = load_codes(pool_codes, value_slot * 8 // key_at, D, rows, columns, D, True)
     second = first
-    low_min = low_step = high_min = high_step = 0.0
+    low_min, low_step, high_min, high_step = 0.0, 0.0, 0.0, 0.0
     if VALUE_BITS != 4:
         second = load_codes(pool_codes, value_slot * 8 // key_at + HALF * D, D, rows, columns, D, True)
     if VALUE_BITS < 16:
