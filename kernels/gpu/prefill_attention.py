@@ -10,6 +10,7 @@ One program computes BLOCK_M query rows of one query head. It walks three kinds 
 Rows go longest first over the whole batch, so the chip drains evenly without a persistent loop.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -146,12 +147,12 @@ def query_tiles(starts: tuple[int, ...], lengths: tuple[int, ...], device: torch
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
-def tile_shape(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def tile_shape(head_dim: int, dtype: torch.dtype, streaming: bool) -> dict[str, int]:
     """BLOCK_M, BLOCK_N and launch options for a head size; measured on an H200 for bf16 (benchmarks/results/LOG.md)."""
     if dtype == torch.float32:
         return {"BLOCK_M": 64 if head_dim <= 128 else 32, "BLOCK_N": 32, "EDGE": 32, "num_warps": 4, "num_stages": 1}
     if head_dim > 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "EDGE": 32, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "EDGE": 32 if streaming else 16, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "EDGE": 64, "num_warps": 8, "num_stages": 2}
 
 
@@ -168,14 +169,30 @@ def prefill_attention(
     """See `kernels.prefill_attention.prefill_attention`; one launch for each head class that has heads."""
     out = torch.empty_like(query)
     tiles = query_tiles(batch.starts, batch.lengths, query.device)
-    for heads, streaming in ((layer.retrieval_heads, False), (layer.streaming_heads, True)):
-        if heads.numel() and len(tiles):
-            lists = None if streaming else block_lists
-            _launch(query, key, value, scratch_key, scratch_value, out, layer, batch, heads, tiles, lists, streaming)
+    tensors = (query, key, value, scratch_key, scratch_value, out, layer, batch)
+    if layer.retrieval_heads.numel() and len(tiles):
+        hopper = _hopper(query, key, value, scratch_key)
+        if hopper is not None:
+            hopper(*tensors, layer.retrieval_heads, tiles, block_lists)
+        else:
+            launch(*tensors, layer.retrieval_heads, tiles, block_lists, streaming=False)
+    if layer.streaming_heads.numel() and len(tiles):
+        launch(*tensors, layer.streaming_heads, tiles, None, streaming=True)
     return out
 
 
-def _launch(
+def _hopper(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scratch_key: torch.Tensor
+) -> Callable[..., None] | None:
+    """The sm_90 kernel's launch where it takes these tensors, else None."""
+    if not query.is_cuda:
+        return None
+    from . import prefill_attention_hopper as hopper
+
+    return hopper.launch if hopper.supports(query, key, value, scratch_key) else None
+
+
+def launch(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -189,9 +206,9 @@ def _launch(
     lists: BlockLists | None,
     streaming: bool,
 ) -> None:
-    """Every query tile of one head class."""
+    """Every query tile of one head class, by the portable kernel."""
     head_dim, group = query.shape[2], query.shape[1] // key.shape[1]
-    shape = tile_shape(head_dim, query.dtype)
+    shape = tile_shape(head_dim, query.dtype, streaming)
     block_d = max(16, triton.next_power_of_2(head_dim))
     edge, block = shape["EDGE"], shape["BLOCK_N"]
     _prefill_attention[(len(tiles) * heads.numel() * group * (BLOCK.value // shape["BLOCK_M"]),)](

@@ -71,7 +71,7 @@ def block_shares(
                     logits = torch.zeros(diagonal * BLOCK // stride, dtype=torch.float64, device=query.device)
                     for s in range(min(stride, length - group_start)):
                         logits += keys[stride - 1 - s :: stride] @ query[first + group_start + s, head].double()
-                    share += (logits * (layer.scale / stride)).softmax(0).unflatten(0, (diagonal, -1)).sum(1)
+                    share += (logits * (layer.scale / stride)).softmax(0).unflatten(0, (diagonal, BLOCK // stride)).sum(1)
                 row.append(share)
             shares.append(row)
         first += length

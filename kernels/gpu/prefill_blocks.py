@@ -1,0 +1,182 @@
+"""Triton path of `prefill_blocks`: a matrix product over antidiagonal groups, then one program per query block and head.
+
+The first kernel computes, for each group of 16 queries and each key block, the log-sum-exp of the group's mean antidiagonal
+logits (a product whose inner dimension is 16 * head_dim). The second turns a query block's rows of it into shares, keeps blocks
+by threshold or by count, and writes their list.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from ..cpu.prefill_blocks import BLOCK, STRIDE, kept_quota
+from ..views import BlockLists, LayerView, PrefillBatch
+
+PER_BLOCK = BLOCK // STRIDE
+
+
+@triton.jit
+def _score_groups(
+    query, query_token, query_head,
+    scratch_key, scratch_head, scratch_token,
+    scores, scores_head, scores_group,
+    heads, row_tiles, query_offsets, scratch_offsets, num_heads, log2_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """row_tiles: int32 [n, 4] (request, its first query group, that group in the batch, key groups before the last diagonal)."""
+    program = tl.program_id(0)
+    head_index = program % (num_heads * GROUP)
+    tile = row_tiles + 4 * (program // (num_heads * GROUP))
+    first_column = tl.program_id(1) * BLOCK_N
+    num_columns = tl.load(tile + 3)
+    if first_column >= num_columns:
+        return
+    kv_head = tl.load(heads + head_index // GROUP)
+    request = tl.load(tile)
+    first_row = tl.load(tile + 1)
+    first_token = tl.load(query_offsets + request).to(tl.int64)
+    length = tl.load(query_offsets + request + 1) - first_token
+    scratch = tl.load(scratch_offsets + request).to(tl.int64)
+
+    rows = first_row + tl.arange(0, BLOCK_M)
+    columns = first_column + tl.arange(0, BLOCK_N)
+    channels = tl.arange(0, BLOCK_D)
+    head = kv_head * GROUP + head_index % GROUP
+    q_at = query + (first_token + rows * STRIDE)[:, None] * query_token + head * query_head + channels[None, :]
+    last_of_group = scratch + columns * STRIDE + STRIDE - 1
+    k_at = scratch_key + kv_head * scratch_head + last_of_group[:, None] * scratch_token + channels[None, :]
+    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in range(STRIDE * PARTS):
+        s = i // PARTS
+        channel = (i - s * PARTS) * BLOCK_D
+        there = (channels + channel < HEAD_DIM)[None, :]
+        q = tl.load(q_at + s * query_token + channel, mask=(rows * STRIDE + s < length)[:, None] & there, other=0.0)
+        k = tl.load(k_at - s * scratch_token + channel, mask=(columns < num_columns)[:, None] & there, other=0.0)
+        logits = tl.dot(q, tl.trans(k), logits, input_precision=PRECISION)
+    logits = tl.reshape(logits * log2_scale, [BLOCK_M, BLOCK_N // PER_BLOCK, PER_BLOCK])
+    peak = tl.max(logits, 2)
+    score = peak + tl.log2(tl.sum(tl.exp2(logits - peak[:, :, None]), 2))
+
+    blocks = first_column // PER_BLOCK + tl.arange(0, BLOCK_N // PER_BLOCK)
+    groups = tl.load(tile + 2).to(tl.int64) + tl.arange(0, BLOCK_M)
+    at = scores + head_index * scores_head + groups[:, None] * scores_group + blocks[None, :]
+    mask = (rows * STRIDE < length)[:, None] & (blocks * PER_BLOCK < num_columns)[None, :]
+    tl.store(at, score, mask=mask)
+
+
+@triton.jit
+def _keep_blocks(
+    scores, scores_head, scores_group, blocks, blocks_row, blocks_head, counts, counts_row, heads, rows,
+    sink_size, local_window, sparse_from, threshold,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, BY_QUOTA: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """rows: int32 [query blocks, 3] (position, tokens there, quota before the diagonal). WIDTH: power of two over all blocks."""
+    row = tl.program_id(0).to(tl.int64)
+    head_index = tl.program_id(1)
+    head = tl.load(heads + head_index // GROUP) * GROUP + head_index % GROUP
+    position = tl.load(rows + 3 * row)
+    num_tokens = tl.load(rows + 3 * row + 1)
+    diagonal = position // BLOCK
+    block = tl.arange(0, WIDTH)
+    before = block < diagonal
+    kept = before
+    if position >= sparse_from:
+        share = tl.zeros([WIDTH], tl.float32)
+        at = scores + head_index * scores_head.to(tl.int64) + row * (BLOCK // STRIDE) * scores_group
+        for _ in range((num_tokens + STRIDE - 1) // STRIDE):
+            score = tl.load(at + block, mask=before, other=-float("inf"))
+            weight = tl.exp2(score - tl.maximum(tl.max(score, 0), -1e38))
+            share += weight / tl.maximum(tl.sum(weight, 0), 1e-38)
+            at += scores_group
+        always = before & ((block * BLOCK < sink_size) | ((block + 1) * BLOCK > position - local_window + 1))
+        if BY_QUOTA:
+            quota = tl.load(rows + 3 * row + 2)
+            bits = tl.where(always, float("inf"), share).to(tl.float32).to(tl.int32, bitcast=True)
+            bits = tl.where(before, bits, -1)
+            cut = 0
+            for i in range(31):
+                trial = cut | (1 << (30 - i))
+                cut = tl.where(tl.sum((bits >= trial).to(tl.int32), 0) >= quota, trial, cut)
+            above = bits > cut
+            level = (bits == cut).to(tl.int32)
+            left = quota - tl.sum(above.to(tl.int32), 0)
+            kept = before & (above | ((level > 0) & (tl.cumsum(level, 0) <= left)))
+        else:
+            kept = before & ((share >= threshold * tl.max(share, 0)) | always)
+    place = tl.cumsum(kept.to(tl.int32), 0)
+    count = tl.sum(kept.to(tl.int32), 0)
+    list_at = blocks + row * blocks_row + head * blocks_head
+    tl.store(list_at + place - 1, block, mask=kept)
+    tl.store(list_at + count, diagonal)
+    tl.store(counts + row * counts_row + head, count + 1)
+
+
+@lru_cache(maxsize=16)
+def _tables(
+    starts: tuple[int, ...], lengths: tuple[int, ...], sparse_from: int, block_m: int, quotas: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`row_tiles` of the tiles that hold a row past sparse_from, and `rows`."""
+    tiles, rows, first_group = [], [], 0
+    for request, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        num_blocks = triton.cdiv(length, BLOCK)
+        for group in range(0, num_blocks * PER_BLOCK, block_m):
+            last = min(group + block_m, num_blocks * PER_BLOCK) // PER_BLOCK - 1
+            if start + last * BLOCK >= max(sparse_from, 1):
+                tiles.append((request, group, first_group + group, (start // BLOCK + last) * PER_BLOCK))
+        rows += [(start + block * BLOCK, min(BLOCK, length - block * BLOCK)) for block in range(num_blocks)]
+        first_group += num_blocks * PER_BLOCK
+    table = [(*row, quota) for row, quota in zip(rows, quotas, strict=True)]
+    host = torch.tensor(tiles, dtype=torch.int32).view(-1, 4), torch.tensor(table, dtype=torch.int32)
+    if device.type != "cuda":
+        return host
+    return host[0].pin_memory().to(device, non_blocking=True), host[1].pin_memory().to(device, non_blocking=True)
+
+
+def prefill_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scratch_key: torch.Tensor,
+    layer: LayerView,
+    batch: PrefillBatch,
+    sparse_from: int,
+    threshold: float | None,
+    budget: float | None,
+) -> BlockLists:
+    """See `kernels.prefill_blocks.prefill_blocks`."""
+    num_blocks = [triton.cdiv(length, BLOCK) for length in batch.lengths]
+    width = max((start // BLOCK + blocks for start, blocks in zip(batch.starts, num_blocks, strict=True)), default=0)
+    num_heads, head_dim = query.shape[1:]
+    group, num_rows = num_heads // scratch_key.shape[0], sum(num_blocks)
+    blocks = torch.empty(num_rows, num_heads, width, dtype=torch.int32, device=query.device)
+    counts = torch.empty(num_rows, num_heads, dtype=torch.int32, device=query.device)
+    heads = layer.retrieval_heads
+    if not num_rows or not heads.numel():
+        return BlockLists(blocks, counts)
+    positions = [s + b * BLOCK for s, n in zip(batch.starts, num_blocks, strict=True) for b in range(n)]
+    quotas = tuple(0 if budget is None else kept_quota(position, layer, budget) for position in positions)
+    exact = query.dtype == torch.float32
+    block_m, block_n, block_d = (64, 64, 32) if exact else (128, 128, min(128, triton.next_power_of_2(head_dim)))
+    row_tiles, rows = _tables(batch.starts, batch.lengths, sparse_from, block_m, quotas, query.device)
+    scores = torch.empty(heads.numel() * group, num_rows * PER_BLOCK, width, dtype=torch.float32, device=query.device)
+    if len(row_tiles):
+        _score_groups[(len(row_tiles) * heads.numel() * group, triton.cdiv(width * PER_BLOCK, block_n))](
+            query, query.stride(0), query.stride(1),
+            scratch_key, scratch_key.stride(0), scratch_key.stride(1),
+            scores, scores.stride(0), scores.stride(1),
+            heads, row_tiles, batch.query_offsets_device, batch.scratch_offsets_device,
+            heads.numel(), layer.scale / STRIDE * 1.4426950408889634,
+            GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, PARTS=triton.cdiv(head_dim, block_d),
+            BLOCK_M=block_m, BLOCK_N=block_n, STRIDE=STRIDE, PER_BLOCK=PER_BLOCK,
+            PRECISION="tf32x3" if exact else "ieee", num_warps=4 if exact else 8, num_stages=1 if exact else 3,
+        )  # fmt: skip
+    padded = max(16, triton.next_power_of_2(width))
+    _keep_blocks[(num_rows, heads.numel() * group)](
+        scores, scores.stride(0), scores.stride(1), blocks, blocks.stride(0), blocks.stride(1), counts, counts.stride(0),
+        heads, rows, layer.sink_size, layer.local_window, sparse_from, 0.0 if threshold is None else threshold,
+        GROUP=group, WIDTH=padded, BY_QUOTA=budget is not None, BLOCK=BLOCK, STRIDE=STRIDE,
+        num_warps=4 if padded <= 1024 else 8,
+    )  # fmt: skip
+    return BlockLists(blocks, counts)
