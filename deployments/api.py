@@ -76,14 +76,14 @@ class Api:
 
     def app(self) -> ASGIApp:
         """The ASGI app."""
-        post = {"methods": ["POST"]}
+        post = ["POST"]
         routes = [
-            Route("/v1/chat/completions", self._guarded(self._chat), **post),
-            Route("/v1/completions", self._guarded(self._completions), **post),
+            Route("/v1/chat/completions", self._guarded(self._chat), methods=post),
+            Route("/v1/completions", self._guarded(self._completions), methods=post),
             Route("/v1/models", self._guarded(self._models)),
             Route("/v1/models/{model:path}", self._guarded(self._model)),
-            Route("/tokenize", self._guarded(self._tokenize), **post),
-            Route("/detokenize", self._guarded(self._detokenize), **post),
+            Route("/tokenize", self._guarded(self._tokenize), methods=post),
+            Route("/detokenize", self._guarded(self._detokenize), methods=post),
             Route("/health", self._guarded(self._health)),
             Route("/metrics", self._guarded(self._metrics)),
         ]

@@ -8,7 +8,7 @@ records through Ray Serve, so that everything reaches the Prometheus endpoint of
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0)
 """Whole requests, prefills and waits: a million-token prompt takes minutes."""
@@ -63,13 +63,14 @@ class ServeInstrument:
     def __init__(self, spec: Spec) -> None:
         from ray.serve import metrics
 
+        tags: Any = spec.tags  # Ray's annotation allows for one tag only
+        self._take: Callable[[float, dict[str, str]], None]
         if spec.kind == "histogram":
-            histogram = metrics.Histogram(spec.name, spec.description, list(spec.boundaries), spec.tags)
-            self._take: Callable[[float, dict[str, str]], None] = histogram.observe
+            self._take = metrics.Histogram(spec.name, spec.description, list(spec.boundaries), tags).observe
         elif spec.kind == "gauge":
-            self._take = metrics.Gauge(spec.name, spec.description, spec.tags).set
+            self._take = metrics.Gauge(spec.name, spec.description, tags).set
         else:
-            self._take = metrics.Counter(spec.name, spec.description, spec.tags).inc
+            self._take = metrics.Counter(spec.name, spec.description, tags).inc
 
     def record(self, value: float, **tags: str) -> None:
         """Takes one value under these labels."""

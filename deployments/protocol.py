@@ -164,7 +164,7 @@ class _Generation(_Body):
 
     def sampling(self) -> SamplingParams:
         """Without seed, max_tokens and logprobs, which the router and the subclasses fill in."""
-        given = {
+        given: dict[str, Any] = {
             "n": self.n,
             "temperature": self.temperature,
             "top_p": self.top_p,

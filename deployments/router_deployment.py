@@ -17,7 +17,6 @@ from .settings import Settings
 METRICS_TIMEOUT_S = 5.0
 
 
-@serve.deployment
 @serve.ingress()
 class Router:
     """Holds the core and its tokenizer; no model, no pages.
@@ -25,11 +24,11 @@ class Router:
     decode: handle of the decode deployment. tokenizer: None loads the model's.
     """
 
-    async def __init__(
+    def __init__(
         self, settings: Settings, decode: "DeploymentHandle[object]", tokenizer: Tokenizer | None = None
     ) -> None:
         if tokenizer is None:
-            tokenizer = await asyncio.to_thread(_load_tokenizer, settings)
+            tokenizer = _load_tokenizer(settings)
         self._core = RouterCore(settings, tokenizer, ServePool(decode), Metrics(ServeInstrument))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -45,7 +44,8 @@ def _load_tokenizer(settings: Settings) -> Tokenizer:
 async def read_node_metrics() -> str:
     """What this node's Ray agent exports for Prometheus; our own names without the `ray_` that Ray puts before them."""
     node_id = ray.get_runtime_context().get_node_id()
-    node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    node = next(node for node in nodes if node["NodeID"] == node_id)
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
     def read() -> str:

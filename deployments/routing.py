@@ -14,7 +14,7 @@ def own_worker_id() -> str:
     return unique_id
 
 
-class AddressedRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
+class AddressedRouter(FIFOMixin, RequestRouter):
     """Tries the workers in `prefer` of the call's PrefixHint or PrefillRequest in order, then every other one.
 
     Use: `RequestRouterConfig(request_router_class="lserve.deployments.routing:AddressedRouter")` on the called
@@ -24,7 +24,7 @@ class AddressedRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> Sequence[list[RunningReplica]]:
+    ) -> list[list[RunningReplica]]:
         """Ranks of replicas, most preferred first."""
         preferred: tuple[str, ...] = ()
         if pending_request is not None:

@@ -4,10 +4,11 @@ import asyncio
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from typing import cast
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from lserve.engine.config import PAGE_SIZE
 from lserve.engine.errors import CapacityError, LServeError, WorkerLostError
@@ -37,7 +38,8 @@ class ServePool:
 
     async def generate(self, request: Request, hint: PrefixHint) -> AsyncGenerator[list[Output], None]:
         """Outputs of the request from the least loaded worker, until it is done or the generator is closed."""
-        response = self._stream.remote(request, replace(hint, prefer=self._choose(request)))
+        call = self._stream.remote(request, replace(hint, prefer=self._choose(request)))
+        response = cast("DeploymentResponseGenerator[list[Output]]", call)
         finished = False
         try:
             async for outputs in response:
@@ -48,7 +50,7 @@ class ServePool:
             raise _translated(error) from error
         finally:
             if not finished:
-                response.cancel()
+                response.cancel()  # type: ignore[no-untyped-call]
 
     async def info(self) -> WorkerInfo:
         """Of any worker, asked once."""

@@ -28,17 +28,18 @@ class ModelSettings(_Section):
     """Which model. path: local directory, Hugging Face id or GGUF file. dtype None: bfloat16 on GPUs, else float32."""
 
     path: str = Field(min_length=1)
-    served_name: str | None = Field(None, min_length=1)
+    served_name: str | None = Field(default=None, min_length=1)
     dtype: ComputeDtype | None = None
     weights: Literal["native", "fp8", "int8", "w4a8"] = "native"
     seed: int = 0
 
 
 class WorkerResources(_Section):
-    """What Ray reserves for one worker, and where. resources: custom ones, such as a node type's label."""
+    """How many replicas of a role, and what Ray reserves for each. resources: custom ones, such as a node type's."""
 
-    num_cpus: float = Field(1.0, ge=0)
-    num_gpus: float = Field(0.0, ge=0)
+    replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
     resources: dict[str, float] = {}
 
 
@@ -48,11 +49,11 @@ class PrefillSettings(WorkerResources):
     local_threshold: a prompt with at most this many uncached tokens is prefilled by its decode worker.
     """
 
-    replicas: int = Field(1, ge=0)
+    replicas: int = Field(default=1, ge=0)
     chunk_size: int = 1024
-    local_threshold: int = Field(512, ge=0)
-    lease_s: float = Field(30.0, gt=0)
-    timeout_s: float = Field(300.0, gt=0)
+    local_threshold: int = Field(default=512, ge=0)
+    lease_s: float = Field(default=30.0, gt=0)
+    timeout_s: float = Field(default=300.0, gt=0)
 
 
 class DecodeSettings(WorkerResources):
@@ -61,10 +62,9 @@ class DecodeSettings(WorkerResources):
     max_model_len: tokens of prompt and answer together; None takes the model's own limit.
     """
 
-    replicas: int = Field(1, ge=1)
-    max_batch_size: int = Field(32, ge=1)
-    max_model_len: int | None = Field(None, ge=1)
-    max_waiting: int = Field(256, ge=1)
+    max_batch_size: int = Field(default=32, ge=1)
+    max_model_len: int | None = Field(default=None, ge=1)
+    max_waiting: int = Field(default=256, ge=1)
 
 
 class RouterSettings(WorkerResources):
@@ -76,19 +76,19 @@ class RouterSettings(WorkerResources):
     retries: how often a request is replayed on another worker after its own was lost.
     """
 
-    replicas: int = Field(1, ge=1)
+    num_cpus: float = Field(default=0.0, ge=0)
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
+    port: int = Field(default=8000, ge=0, le=65535)
     api_keys_env: str = "LSERVE_API_KEYS"
     api_key_sha256: tuple[Sha256Hex, ...] = ()
-    max_running_requests: int = Field(256, ge=1)
-    max_queued_requests: int = Field(256, ge=0)
-    retry_after_s: float = Field(1.0, gt=0)
-    request_timeout_s: float = Field(600.0, gt=0)
-    retries: int = Field(3, ge=0)
-    max_body_bytes: int = Field(16 << 20, ge=1024)
-    max_choices: int = Field(16, ge=1)
-    max_prompts: int = Field(64, ge=1)
+    max_running_requests: int = Field(default=256, ge=1)
+    max_queued_requests: int = Field(default=256, ge=0)
+    retry_after_s: float = Field(default=1.0, gt=0)
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    retries: int = Field(default=3, ge=0)
+    max_body_bytes: int = Field(default=16 << 20, ge=1024)
+    max_choices: int = Field(default=16, ge=1)
+    max_prompts: int = Field(default=64, ge=1)
 
 
 class RedisSettings(_Section):
@@ -102,9 +102,9 @@ class RedisSettings(_Section):
     url: str | None = None
     password_env: str = "LSERVE_REDIS_PASSWORD"
     secret_env: str = "LSERVE_CLUSTER_SECRET"
-    ttl_s: int = Field(24 * 3600, ge=1)
-    timeout_s: float = Field(0.5, gt=0)
-    max_pending_bytes: int = Field(256 << 20, ge=0)
+    ttl_s: int = Field(default=24 * 3600, ge=1)
+    timeout_s: float = Field(default=0.5, gt=0)
+    max_pending_bytes: int = Field(default=256 << 20, ge=0)
 
     @field_validator("url")
     @classmethod

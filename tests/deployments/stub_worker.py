@@ -3,8 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from ray import serve
-
 from lserve.deployments.messages import PrefixHint, WorkerInfo, WorkerLoad
 from lserve.deployments.routing import own_worker_id
 from lserve.engine.request import FinishReason, Output, Request
@@ -56,6 +54,3 @@ def _output(request: Request, choice: int, start: int, end: int) -> Output:
         bytes(tokens).decode(),
         finish_reason=FinishReason.LENGTH if done else None,
     )
-
-
-stub_deployment = serve.deployment(StubWorker)
