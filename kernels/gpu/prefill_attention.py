@@ -1,13 +1,14 @@
-"""Triton path of `prefill_attention`: whole earlier blocks unmasked through tensor descriptors, masks only where they bind.
+"""Triton path of `prefill_attention`: whole earlier blocks without masks, masks only where they bind.
 
 One program computes BLOCK_M query rows of one query head. It walks three kinds of key blocks:
 
-- blocks before the diagonal block, from the scratch (every token is on an earlier page, hence decoded): no mask at all for
-  retrieval heads; by single pages and under the streaming mask for streaming heads, so pages outside sink and window stay unread;
+- blocks before the diagonal block, from the scratch (every token is on an earlier page, hence decoded): without a mask
+  for retrieval heads; under the streaming mask, sink and window pages only, for streaming heads;
 - the first page of the diagonal block as decoded, which only rows on the second page see;
 - the chunk's own tokens as written: causal, and only on the row's own page.
 
-Rows go longest first over the whole batch, so the chip drains evenly without a persistent loop.
+Rows go longest first over the whole batch, so the chip drains evenly without a persistent loop. On sm_90 the
+retrieval heads of common shapes take `prefill_attention_hopper` instead.
 """
 
 from collections.abc import Callable
@@ -20,13 +21,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..views import BlockLists, LayerView, PrefillBatch
 
+LOG2_E = 1.4426950408889634
 BLOCK = tl.constexpr(128)
 PAGE = tl.constexpr(64)
 
 
 @triton.jit
 def _accumulate(q, k, v, visible, acc, peak, total, log2_scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One online-softmax step; peak is the rows' largest logit so far in log2 units, total the sum of exp2(logit - peak)."""
+    """One online-softmax step; peak: largest logit so far in log2 units, total: sum of exp2(logit - peak)."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         logits = tl.where(visible, logits, -float("inf"))
@@ -133,18 +135,26 @@ def _prefill_attention(
         acc, peak, total = _accumulate(q, k, v, visible, acc, peak, total, log2_scale, True, PRECISION)
 
     out_at = out + tokens * out_token + head * out_head + channels[None, :]
+    total = tl.where(rows < length, total, 1.0)
     tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=wide)
 
 
 @lru_cache(maxsize=16)
 def query_tiles(starts: tuple[int, ...], lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """The batch's query blocks, longest history first: int32 [n, 3] of (request, its query block, query block in the batch)."""
+    """The query blocks, longest history first: int32 [n, 3] of (request, its query block, query block in the batch)."""
     tiles: list[tuple[int, int, int]] = []
     for request, length in enumerate(lengths):
         tiles += [(request, block, len(tiles) + block) for block in range(triton.cdiv(length, BLOCK.value))]
     tiles.sort(key=lambda tile: -(starts[tile[0]] // BLOCK.value + tile[1]))
     table = torch.tensor(tiles, dtype=torch.int32)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def list_arguments(lists: BlockLists | None, unused: torch.Tensor) -> tuple[torch.Tensor, int, int, torch.Tensor, int]:
+    """blocks and its strides, counts and its stride; any int32 tensor stands in where there are no lists."""
+    if lists is None:
+        return unused, 0, 0, unused, 0
+    return lists.blocks, lists.blocks.stride(0), lists.blocks.stride(1), lists.counts, lists.counts.stride(0)
 
 
 def tile_shape(head_dim: int, dtype: torch.dtype, streaming: bool) -> dict[str, int]:
@@ -218,9 +228,8 @@ def launch(
         *(TensorDescriptor.from_tensor(x, [1, block, block_d]) for x in (scratch_key, scratch_value)),
         out, out.stride(0), out.stride(1),
         heads, tiles, batch.starts_device, batch.query_offsets_device, batch.scratch_offsets_device,
-        lists.blocks if lists else tiles, lists.blocks.stride(0) if lists else 0, lists.blocks.stride(1) if lists else 0,
-        lists.counts if lists else tiles, lists.counts.stride(0) if lists else 0,
-        heads.numel(), layer.sink_size, layer.local_window, layer.scale * 1.4426950408889634,
+        *list_arguments(lists, tiles),
+        heads.numel(), layer.sink_size, layer.local_window, layer.scale * LOG2_E,
         GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, STREAMING=streaming, LISTED=lists is not None,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee", **shape,
     )  # fmt: skip

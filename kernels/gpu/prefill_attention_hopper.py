@@ -1,10 +1,11 @@
 """Gluon kernel of `prefill_attention` for retrieval heads on sm_90: a producer warp and two consumer warpgroups.
 
-One program computes 128 query rows of one query head; each consumer owns 64 of them, which is exactly one page. The diagonal
-block comes first and costs no more than in plain causal attention: the first consumer reads its own page as written, the second
-the page before as decoded and its own as written. Then both walk the row's earlier blocks without a mask, through a ring of
-128-key slots that the producer fills by TMA. The products of step i + 1 are issued before the softmax of step i is needed, so
-tensor cores and exponentials overlap, and the consumers take turns at issuing them (FlashAttention-3, arXiv 2407.08608).
+One program computes 128 query rows of one query head; each consumer owns 64 of them, which is exactly one page. The
+diagonal block comes first and costs no more than in plain causal attention: the first consumer reads its own page as
+written, the second the page before as decoded and its own as written. Then both walk the row's earlier blocks without a
+mask, through a ring of 128-key slots that the producer fills by TMA. The products of step i + 1 are issued before the
+softmax of step i is needed, so tensor cores and exponentials overlap, and the consumers take turns at issuing them
+(FlashAttention-3, arXiv 2407.08608).
 """
 
 import torch
@@ -20,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..views import BlockLists, LayerView, PrefillBatch
+from .prefill_attention import LOG2_E, list_arguments
 
 BLOCK = gl.constexpr(128)
 PAGE = gl.constexpr(64)
@@ -27,7 +29,7 @@ PAGE = gl.constexpr(64)
 
 @gluon.jit
 def _place(program, heads, tiles, starts, query_offsets, scratch_offsets, num_heads, GROUP: gl.constexpr):
-    """A program's query head and tile: (head, kv_head, first token, tokens left, first position, scratch row of position 0, row)."""
+    """A program's (head, KV head, first token, tokens left, first position, scratch offset, query block)."""
     head_index = program % (num_heads * GROUP)
     tile = tiles + 3 * (program // (num_heads * GROUP))
     kv_head = gl.load(heads + head_index // GROUP).to(gl.int32)
@@ -88,7 +90,7 @@ def _produce(
 
 @gluon.jit
 def _softmax(logits, peak, total, log2_scale):
-    """One online-softmax step: unnormalised weights, the decay of what came before, new peak (log2 units) and new total."""
+    """One online-softmax step: unnormalised weights, decay of what came before, new peak (log2 units), new total."""
     new_peak = gl.maximum(peak, gl.max(logits, 1) * log2_scale)
     weights = gl.exp2(logits * log2_scale - new_peak[:, None])
     decay = gl.exp2(peak - new_peak)
@@ -122,12 +124,16 @@ def _attend_page(q, k, v, acc, peak, total, log2_scale, CAUSAL: gl.constexpr):
 def _consume(
     buffers, barriers, tile, WHICH: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr
 ):
-    """The 64 rows of page WHICH of the tile: diagonal pages, then the ring, then the store. out: the tile's first element."""
+    """The 64 rows of page WHICH of a tile: diagonal pages, then the ring, then the store."""
     out, out_token, tokens_left, num_blocks, log2_scale = tile
     q_pages, k_pages, v_pages, k_slots, v_slots = buffers
     q_ready, k_ready, k_free, v_ready, v_free, turns = barriers
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16])
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
+    )
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16]
+    )
     rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     dtype: gl.constexpr = q_pages.dtype
     left = tokens_left - WHICH * PAGE
@@ -260,7 +266,7 @@ def _prefill_attention(
 
 
 def supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scratch_key: torch.Tensor) -> bool:
-    """Whether this kernel takes these tensors: sm_90, 16-bit, head_dim 64 or 128, heads side by side in a token's row."""
+    """Whether this kernel takes these tensors: sm_90, 16 bits, head_dim 64 or 128, a token's heads side by side."""
     head_dim = query.shape[2]
     return (
         head_dim in (64, 128)
@@ -310,9 +316,8 @@ def launch(
         *scratch,
         out, out.stride(0), out.stride(1), head_rows,
         heads, tiles, batch.starts_device, batch.query_offsets_device, batch.scratch_offsets_device,
-        lists.blocks if lists else tiles, lists.blocks.stride(0) if lists else 0, lists.blocks.stride(1) if lists else 0,
-        lists.counts if lists else tiles, lists.counts.stride(0) if lists else 0,
-        heads.numel(), layer.scale * 1.4426950408889634,
+        *list_arguments(lists, tiles),
+        heads.numel(), layer.scale * LOG2_E,
         GROUP=num_heads // kv_heads, HEAD_DIM=head_dim, LISTED=lists is not None, STAGES=2, TURNS=turns,
         num_warps=4, maxnreg=168,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Triton path of `prefill_blocks`: a matrix product over antidiagonal groups, then one program per query block and head.
+"""Triton path of `prefill_blocks`: a matrix product over antidiagonal groups, then one program per row of the choice.
 
-The first kernel computes, for each group of 16 queries and each key block, the log-sum-exp of the group's mean antidiagonal
-logits (a product whose inner dimension is 16 * head_dim). The second turns a query block's rows of it into shares, keeps blocks
-by threshold or by count, and writes their list.
+The first kernel computes, for each group of 16 queries and each key block, the log-sum-exp of the group's mean
+antidiagonal logits (a product whose inner dimension is 16 * head_dim). The second turns the rows of a query block and
+head into shares, keeps blocks by threshold or by count, and writes their list.
 """
 
 from functools import lru_cache
@@ -24,9 +24,10 @@ def _score_groups(
     scores, scores_head, scores_group,
     heads, row_tiles, query_offsets, scratch_offsets, num_heads, log2_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """row_tiles: int32 [n, 4] (request, its first query group, that group in the batch, key groups before the last diagonal)."""
+    """row_tiles: int32 [n, 4] (request, first query group, the same in the batch, key groups before the diagonal)."""
     program = tl.program_id(0)
     head_index = program % (num_heads * GROUP)
     tile = row_tiles + 4 * (program // (num_heads * GROUP))
@@ -73,7 +74,7 @@ def _keep_blocks(
     sink_size, local_window, sparse_from, threshold,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, BY_QUOTA: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """rows: int32 [query blocks, 3] (position, tokens there, quota before the diagonal). WIDTH: power of two over all blocks."""
+    """rows: int32 [query blocks, 3] (position, tokens, quota). WIDTH: power of two over the blocks."""
     row = tl.program_id(0).to(tl.int64)
     head_index = tl.program_id(1)
     head = tl.load(heads + head_index // GROUP) * GROUP + head_index % GROUP
@@ -116,7 +117,12 @@ def _keep_blocks(
 
 @lru_cache(maxsize=16)
 def _tables(
-    starts: tuple[int, ...], lengths: tuple[int, ...], sparse_from: int, block_m: int, quotas: tuple[int, ...], device: torch.device
+    starts: tuple[int, ...],
+    lengths: tuple[int, ...],
+    sparse_from: int,
+    block_m: int,
+    quotas: tuple[int, ...],
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`row_tiles` of the tiles that hold a row past sparse_from, and `rows`."""
     tiles, rows, first_group = [], [], 0
@@ -174,7 +180,8 @@ def prefill_blocks(
         )  # fmt: skip
     padded = max(16, triton.next_power_of_2(width))
     _keep_blocks[(num_rows, heads.numel() * group)](
-        scores, scores.stride(0), scores.stride(1), blocks, blocks.stride(0), blocks.stride(1), counts, counts.stride(0),
+        scores, scores.stride(0), scores.stride(1),
+        blocks, blocks.stride(0), blocks.stride(1), counts, counts.stride(0),
         heads, rows, layer.sink_size, layer.local_window, sparse_from, 0.0 if threshold is None else threshold,
         GROUP=group, WIDTH=padded, BY_QUOTA=budget is not None, BLOCK=BLOCK, STRIDE=STRIDE,
         num_warps=4 if padded <= 1024 else 8,

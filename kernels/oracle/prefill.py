@@ -1,4 +1,4 @@
-"""Float64 oracles of `prefill_attention` and `prefill_blocks`: DESIGN.md section 4 word for word, one query at a time."""
+"""Float64 oracles of `prefill_attention` and `prefill_blocks`: DESIGN.md section 4 word for word."""
 
 import math
 
@@ -25,25 +25,32 @@ def prefill_attention(
     group, page = query.shape[1] // key.shape[1], layer.layout.page_size
     first, first_block = 0, 0
     for start, length, scratch in zip(batch.starts, batch.lengths, batch.scratch_offsets, strict=True):
-        for i in range(length):
-            position = start + i
-            own_page = position // page * page
-            seen = torch.arange(position + 1, device=query.device)
-            for head in range(query.shape[1]):
-                kv_head = head // group
-                if layer.head_streaming[kv_head]:
-                    keep = (seen < layer.sink_size) | (position - seen < layer.local_window)
-                elif block_lists is not None:
-                    row = first_block + i // BLOCK
-                    listed = block_lists.blocks[row, head, : block_lists.counts[row, head]]
-                    keep = torch.isin(seen // BLOCK, listed)
-                else:
-                    keep = torch.ones_like(seen, dtype=torch.bool)
-                earlier, own = seen[keep & (seen < own_page)], seen[keep & (seen >= own_page)]
-                keys = torch.cat((scratch_key[kv_head, scratch + earlier].double(), key[first + own - start, kv_head]))
-                values = torch.cat((scratch_value[kv_head, scratch + earlier].double(), value[first + own - start, kv_head]))
-                weights = (keys @ query[first + i, head] * layer.scale).softmax(0)
-                out[first + i, head] = weights @ values
+        chunk = slice(first, first + length)
+        token = torch.arange(start + length, device=query.device)
+        position = token[start:, None]
+        own_page = token // page == position // page
+        for head in range(query.shape[1]):
+            kv_head = head // group
+            seen = token <= position
+            if layer.head_streaming[kv_head]:
+                seen = seen & ((token < layer.sink_size) | (position - token < layer.local_window))
+            elif block_lists is not None:
+                rows = slice(first_block, first_block + (length + BLOCK - 1) // BLOCK)
+                lists = zip(block_lists.blocks[rows, head], block_lists.counts[rows, head], strict=True)
+                kept = torch.stack([torch.isin(token // BLOCK, blocks[:count]) for blocks, count in lists])
+                seen = seen & kept.repeat_interleave(BLOCK, dim=0)[:length]
+            written, decoded = seen & own_page, seen & ~own_page
+            history = slice(scratch, scratch + start + length)
+            keys = torch.where(decoded.any(0)[:, None], scratch_key[kv_head, history].double(), 0)
+            values = torch.where(decoded.any(0)[:, None], scratch_value[kv_head, history].double(), 0)
+            logits = torch.full(seen.shape, -torch.inf, dtype=torch.float64, device=query.device)
+            logits = torch.where(decoded, query[chunk, head] @ keys.T, logits)
+            logits[:, start:] = torch.where(
+                written[:, start:], query[chunk, head] @ key[chunk, kv_head].T, logits[:, start:]
+            )
+            weights = (logits * layer.scale).softmax(-1)
+            from_own_page = torch.where(written, weights, 0)[:, start:] @ value[chunk, kv_head]
+            out[chunk, head] = torch.where(decoded, weights, 0) @ values + from_own_page
         first += length
         first_block += (length + BLOCK - 1) // BLOCK
     return out
@@ -54,9 +61,9 @@ def block_shares(
 ) -> list[list[torch.Tensor]]:
     """Shares of the key blocks before each query block's diagonal: [query block][query head], float64 [diagonal].
 
-    A group of `stride` queries scores a group of `stride` keys by the mean logit along their antidiagonal: query s meets key
-    stride - 1 - s. A query group's softmax runs over all key groups before the diagonal block; a block's share is the sum of
-    its weights over the block's query groups, queries past the chunk's end counting as zero vectors in a group that has others.
+    A group of `stride` queries scores a group of `stride` keys by the mean logit along their antidiagonal: query s
+    meets key stride - 1 - s. A query group's softmax runs over all key groups before the diagonal block; a block's
+    share is the sum of its weights over the block's query groups. Queries missing in the last group count as zeros.
     """
     shares = []
     group, first = query.shape[1] // scratch_key.shape[0], 0
@@ -71,7 +78,8 @@ def block_shares(
                     logits = torch.zeros(diagonal * BLOCK // stride, dtype=torch.float64, device=query.device)
                     for s in range(min(stride, length - group_start)):
                         logits += keys[stride - 1 - s :: stride] @ query[first + group_start + s, head].double()
-                    share += (logits * (layer.scale / stride)).softmax(0).unflatten(0, (diagonal, BLOCK // stride)).sum(1)
+                    weights = (logits * (layer.scale / stride)).softmax(0)
+                    share += weights.unflatten(0, (diagonal, BLOCK // stride)).sum(1)
                 row.append(share)
             shares.append(row)
         first += length
@@ -79,9 +87,14 @@ def block_shares(
 
 
 def kept_blocks(
-    share: torch.Tensor, position: int, layer: LayerView, sparse_from: int, threshold: float | None, budget: float | None
+    share: torch.Tensor,
+    position: int,
+    layer: LayerView,
+    sparse_from: int,
+    threshold: float | None,
+    budget: float | None,
 ) -> list[int]:
-    """Ascending key blocks kept for the query block at `position`, whose blocks before the diagonal have these shares."""
+    """Ascending key blocks kept for the query block at `position`; share: [diagonal], of the blocks before it."""
     diagonal = position // BLOCK
     if position < sparse_from:
         return list(range(diagonal + 1))
