@@ -87,7 +87,7 @@ class Engine:
             has_retrieval,
             has_streaming,
         )
-        self._runner = Runner(loaded.model, self.cache, sparsity)
+        self.runner = Runner(loaded.model, self.cache, sparsity)
         self._live: dict[str, list[Sequence]] = {}
         self._detokenizers: dict[Sequence, Detokenizer] = {}
         self._histories: dict[Sequence, TokenHistory] = {}
@@ -175,9 +175,9 @@ class Engine:
         result.admitted += [self._reservation(s) for s in plan.admitted if s.hold]
         result.computed = bool(plan.decode or plan.prefill)
         if plan.decode:
-            self._after_decode(plan.decode, self._runner.decode(plan.decode))
+            self._after_decode(plan.decode, self.runner.decode(plan.decode))
         if plan.prefill:
-            self._after_prefill(plan.prefill, self._runner.prefill(plan.prefill), result)
+            self._after_prefill(plan.prefill, self.runner.prefill(plan.prefill), result)
         result.outputs += self._pending
         self._pending = []
         return result

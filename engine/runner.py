@@ -13,7 +13,7 @@ class Runner:
     """Runs one model on one device over the pools of one cache."""
 
     def __init__(self, model: Model, cache: KVCache, sparsity: SparsityConfig) -> None:
-        self._model, self._cache, self._sparsity = model, cache, sparsity
+        self.model, self._cache, self.sparsity = model, cache, sparsity
 
     @torch.inference_mode()
     def prefill(self, chunks: list[PrefillChunk]) -> torch.Tensor:
@@ -23,17 +23,17 @@ class Runner:
         device = self._cache.device
         tokens = [t for c in chunks for t in c.sequence.token_ids[c.start : c.end]]
         positions = torch.cat([torch.arange(c.start, c.end) for c in chunks])
-        step = PrefillStep(self._cache, self._sparsity, chunks)
-        hidden = self._model.forward(torch.tensor(tokens, device=device), positions.to(device), step)
+        step = PrefillStep(self._cache, self.sparsity, chunks)
+        hidden = self.model.forward(torch.tensor(tokens, device=device), positions.to(device), step)
         ends = torch.tensor([c.length for c in chunks]).cumsum(0) - 1
         last = torch.tensor([c.is_last for c in chunks])
-        return self._model.logits(hidden[ends[last].to(device)])
+        return self.model.logits(hidden[ends[last].to(device)])
 
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence]) -> torch.Tensor:
         """Computes each sequence's newest token; returns float32 logits [sequences, vocabulary]."""
-        step = DecodeStep(self._cache, self._sparsity, sequences)
+        step = DecodeStep(self._cache, self.sparsity, sequences)
         tokens = torch.tensor([s.token_ids[-1] for s in sequences], device=self._cache.device)
-        hidden = self._model.forward(tokens, step.batch.positions, step)
+        hidden = self.model.forward(tokens, step.batch.positions, step)
         step.seal()
-        return self._model.logits(hidden)
+        return self.model.logits(hidden)
