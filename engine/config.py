@@ -16,7 +16,7 @@ BLOCK_SIZE = 128
 
 KvDtype = Literal["float32", "bf16", "int8", "k8v4", "int4"]
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
-SelectionRule = Literal["two_stage", "bound", "lserve"]
+SelectionRule = Literal["two_stage", "min_max"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class SparsityConfig:
 
     token_budget: tokens a retrieval head may read in a decode step; None reads everything.
     max_token_budget: the most that a request may ask for instead.
-    rule: two_stage, or bound (first stage alone), or lserve (the paper's: min/max, maxima over pages and group).
+    rule: two_stage, or min_max: the first stage alone, which is LServe's own rule (its logical pages have 16 tokens).
     prefill_sparse_from: query blocks at or past this position use the block estimator; None never does.
     prefill_threshold: a key block stays when its score is at least this fraction of its row's largest.
     """
