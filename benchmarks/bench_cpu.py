@@ -34,17 +34,29 @@ def engine_prefill(engine: Engine, prompt: list[int]) -> float:
 
 
 def engine_decode(engine: Engine, prompt: list[int], batch: int, steps: int) -> list[float]:
-    """Seconds of each decode step of a full batch. One prompt, `batch` choices of it: the work of as many requests."""
+    """Seconds of each decode step of a full batch. One prompt with `batch` choices, their pages unshared."""
     params = SamplingParams(n=batch, temperature=0, max_tokens=steps + 1, ignore_eos=True)
     engine.add_request(Request(f"d{time.monotonic_ns()}", tuple(prompt), params))
-    times = []
+    times: list[float] = []
     while engine.has_work:
         decoding = len(engine.scheduler.running)
+        if decoding == batch and not times:
+            unshare(engine)
         start = time.perf_counter()
         engine.step()
         if decoding == batch:
             times.append(time.perf_counter() - start)
     return times
+
+
+def unshare(engine: Engine) -> None:
+    """Gives every choice but the first its own copy of the prompt's pages, as separate requests have."""
+    for sequence in engine.scheduler.running[1:]:
+        shared = sequence.retrieval_pages[: sequence.num_prefill // 64]
+        copies = engine.retrieval_pool.allocate(len(shared))
+        engine.cache.restore("retrieval", copies, engine.cache.export("retrieval", shared))
+        engine.retrieval_pool.release(shared)
+        sequence.retrieval_pages[: len(shared)] = copies
 
 
 def reference_prefill(model: torch.nn.Module, prompt: list[int]) -> tuple[float, DynamicCache]:

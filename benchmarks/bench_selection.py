@@ -29,8 +29,20 @@ RULES = (
     ("two stages", 32, "two_stage", 4),
     ("true page masses", 32, "two_stage", EVERY_PAGE),
 )
-WORDS = ("amber", "bishop", "copper", "dragon", "ember", "falcon", "garnet", "harbor", "indigo", "jasper", "kettle",
-"lagoon")
+WORDS = (
+    "amber",
+    "bishop",
+    "copper",
+    "dragon",
+    "ember",
+    "falcon",
+    "garnet",
+    "harbor",
+    "indigo",
+    "jasper",
+    "kettle",
+    "lagoon",
+)
 
 
 @dataclass
@@ -48,7 +60,9 @@ class MassLost:
     def __exit__(self, *_: object) -> None:
         attention.page_select = self.original  # type: ignore[assignment]
 
-    def _measured(self, query: torch.Tensor, layer: LayerView, batch: DecodeBatch, selection: Selection, *rule: object) -> None:
+    def _measured(
+        self, query: torch.Tensor, layer: LayerView, batch: DecodeBatch, selection: Selection, *rule: object
+    ) -> None:
         self.original(query, layer, batch, selection, *rule)  # type: ignore[operator]
         if bool(batch.reselect[0]) and int(batch.positions[0]) // 64 + 1 > int(batch.budget_pages[0]):
             self.values.append(lost_mass(query, layer, batch, selection))
@@ -62,7 +76,8 @@ def lost_mass(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, selecti
     slots = gather_slots(layer.retrieval_pool, page_ids, layer.head_slots[heads].long()[:, None])
     keys = decode_keys(slots, layer.layout).reshape(1, heads.numel(), -1, layer.layout.head_dim)
     mass = (grouped @ keys.transpose(2, 3)).unflatten(3, (-1, 64)).logsumexp(-1)
-    own = tail_logits(grouped, layer.tail_key[batch.rows][:, heads].float(), batch.positions).logsumexp(-1, keepdim=True)
+    tail_key = layer.tail_key[batch.rows][:, heads].float()
+    own = tail_logits(grouped, tail_key, batch.positions).logsumexp(-1, keepdim=True)
     share = torch.cat((mass, own), dim=-1).softmax(-1)
     row = int(batch.rows[0])
     kept = torch.zeros(heads.numel(), sealed + 1, dtype=torch.bool)
@@ -127,9 +142,9 @@ def main() -> None:
             mean = sum(lost[i]) / len(lost[i])
             rows.append((name, budget, f"{right[i]}/{total}", f"{low:.2f} to {high:.2f}", f"{mean * 100:.2f} %"))
             results.append({"rule": name, "budget": budget, "right": right[i], "total": total, "mass_lost": mean})
-        rows.append((f"dense, {args.kv_dtype}, logical pages of {logical_page_size}", "", f"{right[None]}/{total}",
-        "", "0 %")) results.append({"rule": "dense", "logical_page_size": logical_page_size, "right": right[None],
-        "total": total})
+        name = f"dense, {args.kv_dtype}, logical pages of {logical_page_size}"
+        rows.append((name, "", f"{right[None]}/{total}", "", "0 %"))
+        results.append({"rule": name, "right": right[None], "total": total})
     print(f"{args.tokens} tokens, {args.documents} documents x {args.facts} facts, {args.kv_dtype} pages")
     print_table(("rule", "budget", "right", "95 % interval", "mass lost"), rows)
     report("selection", {"tokens": args.tokens, "results": results}, args.write)

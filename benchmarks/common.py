@@ -83,11 +83,8 @@ def report(name: str, results: dict[str, object], write: bool) -> None:
 
 def with_rule(engine: Engine, rule: str, candidate_factor: int, token_budget: int) -> None:
     """Changes how an idle engine selects pages; its pages and prefix cache stay."""
-    runner = engine.runner
-    runner.sparsity = replace(
-        runner.sparsity, rule=rule, candidate_factor=candidate_factor, token_budget=token_budget  # type:
-        ignore[arg-type]
-    )
+    changed = replace(engine.runner.sparsity, candidate_factor=candidate_factor, token_budget=token_budget)
+    engine.runner.sparsity = replace(changed, rule=rule)  # type: ignore[arg-type]
 
 
 def _cpu_name() -> str:
