@@ -63,7 +63,7 @@ def _score_groups(
 
     blocks = first_column // PER_BLOCK + tl.arange(0, BLOCK_N // PER_BLOCK)
     groups = tl.load(tile + 2).to(tl.int64) + tl.arange(0, BLOCK_M)
-    at = scores + head_index * scores_head + groups[:, None] * scores_group + blocks[None, :]
+    at = scores + head_index.to(tl.int64) * scores_head + groups[:, None] * scores_group + blocks[None, :]
     mask = (rows * STRIDE < length)[:, None] & (blocks * PER_BLOCK < num_columns)[None, :]
     tl.store(at, score, mask=mask)
 
@@ -86,11 +86,11 @@ def _keep_blocks(
     kept = before
     if position >= sparse_from:
         share = tl.zeros([WIDTH], tl.float32)
-        at = scores + head_index * scores_head.to(tl.int64) + row * (BLOCK // STRIDE) * scores_group
+        at = scores + head_index.to(tl.int64) * scores_head + row * (BLOCK // STRIDE) * scores_group
         for _ in range((num_tokens + STRIDE - 1) // STRIDE):
             score = tl.load(at + block, mask=before, other=-float("inf"))
             weight = tl.exp2(score - tl.maximum(tl.max(score, 0), -1e38))
-            share += weight / tl.maximum(tl.sum(weight, 0), 1e-38)
+            share += weight / tl.maximum(tl.sum(weight, 0), 1e-30)
             at += scores_group
         always = before & ((block * BLOCK < sink_size) | ((block + 1) * BLOCK > position - local_window + 1))
         if BY_QUOTA:
