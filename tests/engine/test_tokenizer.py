@@ -14,7 +14,9 @@ from lserve.engine.errors import InvalidRequestError, SettingsError, Unsupported
 from lserve.engine.tokenizer import Tokenizer
 
 TEMPLATE = (
-    "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('the first\nmessage must be a user\\'s') }}{% endif %}"
+    "{% if messages[0]['role'] == 'assistant' %}"
+    "{{ raise_exception('the first\nmessage must be a user\\'s') }}"
+    "{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] + ': ' + m['content'] }}<|im_end|>{% endfor %}"
     "{% if tools %}{{ tools | length }} tools{% endif %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )

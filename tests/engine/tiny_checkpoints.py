@@ -25,13 +25,13 @@ def make_checkpoint(path: Path, kind: str, *, max_shard_size: str = "1GB", seed:
     num_heads, num_kv_heads = fields.pop("heads", (6, 2))
     rope = {"rope_theta": fields.pop("rope_theta", 10000.0)} | fields.pop("rope", {"rope_type": "default"})
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=VOCABULARY,
+        vocab_size=fields.pop("vocab_size", VOCABULARY),
         hidden_size=fields.pop("hidden_size", 96),
         intermediate_size=112,
-        num_hidden_layers=2,
+        num_hidden_layers=fields.pop("num_layers", 2),
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
-        max_position_embeddings=256,
+        max_position_embeddings=fields.pop("max_position", 256),
         rope_parameters=rope,
         **fields,
     )
