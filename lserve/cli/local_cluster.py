@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -22,6 +23,13 @@ APPLICATION = "lserve"
 _OBJECT_STORE_BYTES = 128 << 20  # messages between deployments are small; memory is for pages
 _STOP_TIMEOUT_S = 10.0
 
+_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for listening on the loopback address only
+    "RAY_AUTH_MODE": "token",  # so that no other user of this machine can run code through it
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "UCX_NET_DEVICES": "lo",  # NIXL's connections between the workers
+}
+
 
 @contextmanager
 def local_ray(settings: Settings, *, dashboard: bool = False) -> Iterator[None]:
@@ -30,7 +38,7 @@ def local_ray(settings: Settings, *, dashboard: bool = False) -> Iterator[None]:
     Ray may hand out as many cores as the settings reserve, whatever the machine has. Logs lie in a temporary directory,
     which goes with the cluster. On exit every process that was started since is gone, killed where it does not end.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
     before = set(psutil.Process().children(recursive=True))
@@ -43,11 +51,12 @@ def local_ray(settings: Settings, *, dashboard: bool = False) -> Iterator[None]:
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _node_ip_address=LOOPBACK,
             _temp_dir=logs,
         )
         yield
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # nothing interrupts the rest of the way down
         started = set(psutil.Process().children(recursive=True)) - before
         ray.shutdown()
         _end(started)
@@ -65,15 +74,18 @@ def serving(settings: Settings) -> Iterator[str]:
     from lserve.deployments.app import build
 
     host, port = settings.router.host, settings.router.port
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    application = build(settings.model_dump())
     serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     try:
         try:
-            serve.run(build(settings.model_dump()), name=APPLICATION, route_prefix="/")
+            serve.run(application, name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
             raise LServeError(_reason(str(error))) from error
         yield f"http://{LOOPBACK if host == '0.0.0.0' else host}:{port}"
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        with suppress(KeyboardInterrupt):  # told to stop twice, it does not wait for answers in progress
+            serve.delete(APPLICATION)
 
 
 def check_port_is_free(host: str, port: int) -> None:

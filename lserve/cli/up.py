@@ -57,9 +57,7 @@ def run(options: argparse.Namespace) -> int:
                 signal.pause()
         except KeyboardInterrupt:
             return 0 if is_up else 130
-        finally:  # nothing interrupts the way down
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        finally:
             progress.end(failed=True)
             progress.stage("stopping")
 
