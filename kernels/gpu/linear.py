@@ -49,12 +49,14 @@ def _num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def decode_tiles(num_tokens: int, num_columns: int, num_chunks: int, num_processors: int) -> DecodeTiles:
-    """Tiles of a decode launch; num_chunks: loop steps that K has.
+def decode_tiles(
+    num_tokens: int, num_columns: int, num_chunks: int, num_processors: int, narrowest: int = 8
+) -> DecodeTiles:
+    """Tiles of a decode launch; num_chunks: loop steps that K has; narrowest: least tokens of a tile.
 
     Parts are chosen so that about three programs stand on each processor, each with at least two steps.
     """
-    block_m = min(max(triton.next_power_of_2(num_tokens), 8), 64)
+    block_m = min(max(triton.next_power_of_2(num_tokens), narrowest), 64)
     block_n = 64 if block_m == 64 else 128
     tiles = triton.cdiv(num_columns, block_n) * triton.cdiv(num_tokens, block_m)
     wanted = max(1, min(round(3 * num_processors / max(tiles, 1)), num_chunks // 2, 16))
@@ -84,9 +86,12 @@ def linear_w8a8(x: QuantizedActivation, weight: W8Weight, bias: Tensor | None, o
     num_tokens = x.codes.shape[0]
     if num_tokens <= DECODE_TOKENS:
         num_chunks = triton.cdiv(weight.in_features, W8_BLOCK_K)
-        tiles = decode_tiles(num_tokens, weight.out_features, num_chunks, _num_processors(x.codes.device))
+        # below 16 tokens the matrix unit takes fp8 as float16 only
+        narrowest = 8 if x.codes.dtype == torch.int8 else 16
+        processors = _num_processors(x.codes.device)
+        tiles = decode_tiles(num_tokens, weight.out_features, num_chunks, processors, narrowest)
         return launch_w8a8_decode(x, weight, bias, out_dtype, tiles)
-    if x.codes.dtype == torch.float8_e4m3fn and out_dtype == torch.bfloat16:
+    if x.codes.dtype == torch.float8_e4m3fn and out_dtype == torch.bfloat16 and weight.out_features % 16 == 0:
         return scaled_mm(x, weight, bias)
     return launch_w8a8_prefill(x, weight, bias, out_dtype, prefill_tiles(num_tokens))
 

@@ -68,7 +68,7 @@ def _finish(
         tl.store(target, out.to(out_ptr.dtype.element_ty), mask=kept[:, None] & present[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_groups", "num_chunks", "chunks_per_part"])
 def w4a8_decode_kernel(
     x_ptr, x_sums_ptr, x_scale_ptr, codes_ptr, levels_ptr, w_scale_ptr, bias_ptr, out_ptr,
     workspace_ptr, semaphores_ptr, num_tokens, num_columns, num_channels, num_groups, num_chunks, chunks_per_part,
@@ -122,7 +122,7 @@ def w4a8_decode_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_chunks", "chunks_per_part"])
 def w8a8_decode_kernel(
     x_ptr, x_scale_ptr, codes_ptr, w_scale_ptr, bias_ptr, out_ptr, workspace_ptr, semaphores_ptr,
     num_tokens, num_columns, num_channels, num_chunks, chunks_per_part,

@@ -6,7 +6,7 @@ import triton.language as tl
 from .linear_decode import CHUNK, GROUP
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def w8a8_prefill_kernel(
     x_desc, codes_desc, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, num_tokens, num_columns, num_channels,
     BIAS: tl.constexpr, SUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -10,7 +10,7 @@ from .overlap import after_previous, can_overlap, let_next_start
 _ROWS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_query_blocks"])
 def rope_kernel(
     query_ptr, key_ptr, query_out_ptr, key_out_ptr, query_weight_ptr, key_weight_ptr, cos_ptr, sin_ptr,
     query_stride_t, query_stride_h, key_stride_t, key_stride_h, table_stride, num_tokens, num_query_blocks, eps,
