@@ -284,7 +284,7 @@ def sweep_tiles(form: str, batch: int, num_chunks: int) -> list[DecodeTiles]:
     block_m = min(max(triton.next_power_of_2(batch), 16 if form == "fp8" else 8), 64)
     shapes = [(64, 4), (128, 4), (128, 8), (64, 2), (256, 8)] if block_m < 64 else [(64, 4), (128, 8)]
     found = []
-    for (block_n, warps), parts, stages in itertools.product(shapes, (1, 2, 3, 4, 6, 8, 12, 16), (3, 5)):
+    for (block_n, warps), parts, stages in itertools.product(shapes, (1, 2, 3, 4, 6, 8, 12, 16), (3, 4, 6)):
         if parts <= num_chunks and triton.cdiv(num_chunks, triton.cdiv(num_chunks, parts)) == parts:
             found.append(DecodeTiles(block_m, block_n, parts, warps, stages))
     return found
