@@ -23,8 +23,8 @@ SelectionRule = Literal["two_stage", "min_max"]
 class ModelConfig:
     """One decoder family: Llama, Mistral, Qwen2, Qwen3.
 
-    rope_scaling holds the checkpoint's own keys (`rope_type`: default, linear, llama3, yarn). rope_frequency_factors, one
-    per channel pair, divide the frequencies instead where a GGUF file brings them.
+    rope_scaling holds the checkpoint's own keys (`rope_type`: default, linear, llama3, yarn). rope_frequency_factors,
+    one per channel pair, divide the frequencies instead where a GGUF file brings them.
     """
 
     architecture: str
@@ -91,7 +91,7 @@ class SparsityConfig:
         for name, budget in (("token_budget", self.token_budget), ("max_token_budget", self.max_token_budget)):
             if budget is not None and budget < self.min_token_budget:
                 raise SettingsError(
-                    f"sparsity.{name} must be at least {self.min_token_budget} (sink, window and one page), got {budget}"
+                    f"sparsity.{name} must be at least {self.min_token_budget} (sink, window, two pages), got {budget}"
                 )
 
     @property

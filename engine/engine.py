@@ -8,11 +8,14 @@ was prefilled elsewhere (`hold=True`: pages are reserved, then filled from outsi
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import torch
 
+from .attention import budget_pages
 from .chain import chain_hashes, chain_root
 from .config import BLOCK_SIZE, PAGE_SIZE, EngineConfig
+from .density import AttentionDensity
 from .detokenizer import Detokenizer
 from .errors import DeadlineExceededError, InvalidRequestError
 from .kv_cache import KVCache
@@ -21,7 +24,7 @@ from .loading import LoadedModel, load
 from .page_pool import PagePool
 from .pool_sizes import PoolSizes, pool_sizes
 from .prefix_index import PrefixIndex
-from .request import FinishReason, Output, Request, SampledToken, SamplingParams
+from .request import Output, Request, SampledToken, SamplingParams
 from .request_check import check_request
 from .residency import Residency, resume_points
 from .results import ChunkReady, EngineLoad, Reservation, StepResult, WrittenPages
@@ -43,10 +46,11 @@ class Engine:
         sizes: PoolSizes | None = None,
         lease_ttl_s: float = 30.0,
     ) -> None:
+        sparsity = loaded.sparsity
+        config = replace(config, sparsity=sparsity)
         self.config, self.model_config, self.tokenizer = config, loaded.model.config, loaded.tokenizer
         self.page_format = loaded.page_format
         self._secret, self.lease_ttl_s = secret, lease_ttl_s
-        sparsity = loaded.sparsity
         limit = config.scheduler.max_model_len or self.model_config.max_position
         self.max_model_len = min(limit, self.model_config.max_position)
         sizes = sizes or pool_sizes(config, self.page_format, self.max_model_len)
@@ -88,6 +92,13 @@ class Engine:
             has_streaming,
         )
         self.runner = Runner(loaded.model, self.cache, sparsity)
+        self._sparsity = sparsity
+        self._density = AttentionDensity(
+            self.page_format.num_retrieval_slots,
+            self.page_format.num_streaming_slots,
+            sparsity.sink_size,
+            sparsity.local_window,
+        )
         self._live: dict[str, list[Sequence]] = {}
         self._detokenizers: dict[Sequence, Detokenizer] = {}
         self._histories: dict[Sequence, TokenHistory] = {}
@@ -172,11 +183,14 @@ class Engine:
         plan = self.scheduler.schedule()
         for sequence in plan.swapped_in:
             self._swap.restore(sequence)
-        result.admitted += [self._reservation(s) for s in plan.admitted if s.hold]
+        result.admitted += [self._reservation(s) for s in plan.admitted if s.hold or s.prefill_only]
         result.computed = bool(plan.decode or plan.prefill)
         if plan.decode:
+            budgets = [(s, budget_pages(s, self._sparsity)) for s in plan.decode]
+            result.density["decode"] = self._density.decode(budgets)
             self._after_decode(plan.decode, self.runner.decode(plan.decode))
         if plan.prefill:
+            result.density["prefill"] = self._density.prefill(plan.prefill)
             self._after_prefill(plan.prefill, self.runner.prefill(plan.prefill), result)
         result.outputs += self._pending
         self._pending = []
@@ -191,7 +205,11 @@ class Engine:
             used_pages=self.retrieval_pool.num_held,
             total_pages=self.retrieval_pool.num_pages,
             cached_pages=self.retrieval_pool.num_cached,
+            used_streaming_pages=self.streaming_pool.num_held,
+            total_streaming_pages=self.streaming_pool.num_pages,
+            cached_streaming_pages=self.streaming_pool.num_cached,
             used_rows=self.row_pool.num_used,
+            total_rows=self.row_pool.num_pages,
             leases=self.leases.num_held,
         )
 
@@ -272,12 +290,12 @@ class Engine:
                 self.scheduler.drop_stale_streaming(sequence)
 
     def _start_choices(self, lead: Sequence, first_tokens: SequenceOf[SampledToken]) -> None:
-        choices = [lead, *self.scheduler.fork(lead)]
-        self._live[lead.request_id] = choices
-        for sequence in choices[1:]:
+        forks = self.scheduler.fork(lead)
+        self._live[lead.request_id] += forks
+        for sequence in forks:
             assert lead.row is not None and sequence.row is not None
             self.cache.copy_row(lead.row, sequence.row)
-        for sequence, token in zip(choices, first_tokens, strict=True):
+        for sequence, token in zip([lead, *forks], first_tokens, strict=True):
             self.scheduler.start_decode(sequence)
             self._detokenizers[sequence] = self._detokenizer(sequence)
             self._histories.setdefault(sequence, TokenHistory())
@@ -299,9 +317,6 @@ class Engine:
         """Appends a drawn token, reports it, and ends the choice when it is done."""
         sequence.token_ids.append(token.token_id)
         piece = self._detokenizers[sequence].push(token)
-        reason = piece.finish_reason
-        if reason is None and sequence.num_tokens >= self.max_model_len:
-            reason = FinishReason.LENGTH
         self._pending.append(
             Output(
                 request_id=sequence.request_id,
@@ -309,12 +324,12 @@ class Engine:
                 token_ids=(token.token_id,),
                 text=piece.text,
                 logprobs=() if token.logprob is None else (token.logprob,),
-                finish_reason=reason,
+                finish_reason=piece.finish_reason,
                 stop_reason=piece.stop_reason,
                 num_cached_tokens=min(sequence.num_cached, len(sequence.request.prompt_token_ids)),
             )
         )
-        if reason is not None:
+        if piece.finish_reason is not None:
             self._finish(sequence)
             siblings = self._live.get(sequence.request_id, [])
             if all(s.state is State.FINISHED for s in siblings):

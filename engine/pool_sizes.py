@@ -47,8 +47,8 @@ def pool_sizes(config: EngineConfig, page_format: PageFormat, max_model_len: int
     if retrieval < max_model_len // PAGE_SIZE + 2:
         wanted = (max_model_len // PAGE_SIZE + 2) * page_format.retrieval_page_bytes
         raise SettingsError(
-            f"cache.retrieval_pool_bytes {retrieval_bytes} holds {retrieval} pages; one request of {max_model_len} tokens"
-            f" needs {wanted} bytes"
+            f"cache.retrieval_pool_bytes {retrieval_bytes} holds {retrieval} pages;"
+            f" one request of {max_model_len} tokens needs {wanted} bytes"
         )
     streaming = 0
     if page_format.num_streaming_slots:

@@ -46,7 +46,8 @@ class WrittenPages:
 class StepResult:
     """What a step brought: new output, announced chunks, requests whose pages are now reserved, pages, failed requests.
 
-    computed: whether the model ran; when not, everything waits for pages. Pages in `written` may be overwritten by the next step: copy them before it.
+    computed: whether the model ran; when not, everything waits for pages. Pages in `written` may be overwritten by the
+    next step: copy them before it. density: phase to the fraction of dense attention's work that the step did.
     """
 
     outputs: list[Output] = field(default_factory=list)
@@ -55,6 +56,7 @@ class StepResult:
     written: list[WrittenPages] = field(default_factory=list)
     errors: list[tuple[str, LServeError]] = field(default_factory=list)
     computed: bool = False
+    density: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +75,20 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """How full the engine is. Pages are retrieval pages, prefix cache excluded; running, waiting count sequences."""
+    """How full the engine is. Pages are retrieval pages, prefix cache excluded; running, waiting count sequences.
+
+    used_streaming_pages, total_streaming_pages, cached_streaming_pages: the same of streaming pages. used_rows: tail
+    rows. leases: alive ones. All used_ counts and leases are zero when the worker is idle.
+    """
 
     running: int
     waiting: int
     used_pages: int
     total_pages: int
     cached_pages: int
+    used_streaming_pages: int
+    total_streaming_pages: int
+    cached_streaming_pages: int
     used_rows: int
+    total_rows: int
     leases: int

@@ -19,7 +19,7 @@ from .sequence import PrefillChunk, Sequence, State
 
 @dataclass(slots=True)
 class Plan:
-    """What one step does, in this order: swap in, swap out, decode, prefill."""
+    """What one step does, in this order: swap in, decode, prefill."""
 
     swapped_in: list[Sequence] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
@@ -71,11 +71,10 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Decides the next step and allocates every page it writes."""
         plan = Plan()
+        for sequence in list(self.running):
+            self._grow(sequence)
         self._swap_in(plan)
         self._admit(plan)
-        for sequence in list(self.running):
-            if sequence.state is State.RUNNING:
-                self._grow(sequence)
         plan.decode = list(self.running)
         self._chunks(plan)
         return plan
@@ -106,22 +105,18 @@ class Scheduler:
         """Sequences for the request's further choices, sharing the lead's whole pages; call after prefill, before
         start_decode.
 
-        Each takes one of the lead's fork rows; the caller copies the tail. Raises CapacityError when the pages of the
-        incomplete page are short.
+        Each takes one of the lead's fork rows; the caller copies the tail. Its own page comes with its first step.
         """
         whole = lead.num_prefill // PAGE_SIZE
         forks = []
         for number in range(1, lead.num_forks + 1):
-            own = self._retrieval.allocate(len(lead.retrieval_pages) - whole)
-            shared = lead.retrieval_pages[:whole]
-            self._retrieval.share(shared)
-            streaming = {i: page for i, page in lead.streaming_pages.items() if i < whole}
-            self._streaming.share(list(streaming.values()))
             sequence = Sequence(lead.request, lead.choice + number, list(lead.token_ids), lead.num_prefill)
-            sequence.retrieval_pages, sequence.streaming_pages = shared + own, streaming
             sequence.num_computed, sequence.num_cached = lead.num_computed, lead.num_cached
             sequence.row = lead.fork_rows.pop()
-            self.reserve_streaming(sequence, [i for i in lead.streaming_pages if i >= whole])
+            sequence.retrieval_pages = lead.retrieval_pages[:whole]
+            self._retrieval.share(sequence.retrieval_pages)
+            sequence.streaming_pages = {i: page for i, page in lead.streaming_pages.items() if i < whole}
+            self._streaming.share(sequence.streaming_pages.values())
             forks.append(sequence)
         lead.num_forks = 0
         return forks
@@ -152,7 +147,7 @@ class Scheduler:
             return
         self._release(sequence)
         sequence.num_prefill, sequence.num_computed = sequence.num_tokens, 0
-        sequence.chain, sequence.fresh, sequence.state = sequence.chain, True, State.WAITING
+        sequence.hold, sequence.fresh, sequence.state = False, True, State.WAITING
         self.waiting.appendleft(sequence)
 
     def _release(self, sequence: Sequence) -> None:

@@ -31,6 +31,7 @@ def _attend(
     logits = (query @ keys.transpose(2, 3)).masked_fill_(~readable[:, :, None], -torch.inf)
     weights = torch.cat((logits, own), dim=-1).softmax(-1)
     values = decode_values(slots, layer.layout).reshape(num_batch, num_heads, listed, head_dim)
+    values[batch.positions < layer.layout.page_size] = 0  # nothing is sealed: whatever the page held, 0 * NaN is NaN
     return torch.matmul(weights[..., :listed], values).add_(weights[..., listed:] @ tail_value)
 
 
@@ -72,6 +73,9 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
     grouped = (query.float() * layer.scale).view(num_batch, num_kv_heads, -1, head_dim)
     out = torch.empty_like(grouped)
     page = layer.layout.page_size
+    later = torch.arange(page) > (batch.positions % page)[:, None]
+    tail_keys = layer.tail_key[batch.rows].float()
+    tail_values = layer.tail_value[batch.rows].float().masked_fill_(later[:, None, :, None], 0)
     for heads, is_streaming in ((layer.retrieval_heads, False), (layer.streaming_heads, True)):
         if not heads.numel():
             continue
@@ -88,9 +92,7 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
             pool = layer.retrieval_pool
         data = gather_slots(pool, page_ids, slots[:, None])
         whole = heads.numel() == num_kv_heads
-        tail_key, tail_value = layer.tail_key[batch.rows].float(), layer.tail_value[batch.rows].float()
-        if not whole:
-            tail_key, tail_value = tail_key[:, heads], tail_value[:, heads]
+        tail_key, tail_value = (x if whole else x[:, heads] for x in (tail_keys, tail_values))
         attended = _attend(grouped if whole else grouped[:, heads], data, readable, tail_key, tail_value, layer, batch)
         if whole:
             out = attended
