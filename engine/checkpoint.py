@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -73,7 +74,10 @@ def weight_files(directory: Path) -> list[Path]:
     """
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        return [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]  # type: ignore[attr-defined]
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise UnsupportedModelError(f"{index} must have a weight_map from tensor to file names")
+        return [directory / name for name in sorted(set(shards.values()))]
     files = sorted(directory.glob("*.safetensors"))
     if files:
         return files
@@ -113,7 +117,7 @@ def parse_config(raw: Mapping[str, object], eos_token_id: object = None) -> Mode
         if raw.get(name):
             raise UnsupportedModelError(f"{name} {_short(raw[name])} is not supported")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UnsupportedModelError(f"hidden_act {raw['hidden_act']!r} is not supported: only silu is")
+        raise UnsupportedModelError(f"hidden_act {_short(raw['hidden_act'])} is not supported: only silu is")
     num_heads, hidden_size = _integer(raw, "num_attention_heads"), _integer(raw, "hidden_size")
     num_kv_heads = num_heads if raw.get("num_key_value_heads") is None else _integer(raw, "num_key_value_heads")
     head_dim = 128 if architecture == "qwen3" else hidden_size // num_heads
@@ -124,13 +128,13 @@ def parse_config(raw: Mapping[str, object], eos_token_id: object = None) -> Mode
         )
     if head_dim % 2:
         raise UnsupportedModelError(f"head_dim {head_dim} is odd")
-    max_position = _integer(raw, "max_position_embeddings")
-    _refuse_sliding_window(raw, architecture, max_position)
+    num_layers, max_position = _integer(raw, "num_hidden_layers"), _integer(raw, "max_position_embeddings")
+    _refuse_sliding_window(raw, architecture, num_layers, max_position)
     rope = _rope_parameters(raw, max_position)
     has_bias = bool(raw.get("attention_bias", False)) and architecture in ("llama", "qwen3")
     return ModelConfig(
         architecture=architecture,
-        num_layers=_integer(raw, "num_hidden_layers"),
+        num_layers=num_layers,
         hidden_size=hidden_size,
         intermediate_size=_integer(raw, "intermediate_size"),
         num_heads=num_heads,
@@ -156,7 +160,7 @@ def token_ids(value: object) -> tuple[int, ...]:
         return ()
     ids = value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise UnsupportedModelError(f"eos_token_id must be token ids, got {value!r}")
+        raise UnsupportedModelError(f"eos_token_id must be token ids, got {_short(value)}")
     return tuple(ids)
 
 
@@ -193,29 +197,33 @@ def _file_digest(path: Path) -> str:
 def _architecture(raw: Mapping[str, object]) -> str:
     names, kind = raw.get("architectures"), raw.get("model_type")
     if isinstance(names, list) and names:
-        if names[0] in ARCHITECTURES:
+        if isinstance(names[0], str) and names[0] in ARCHITECTURES:
             return ARCHITECTURES[names[0]]
-        raise UnsupportedModelError(f"architectures {names[0]!r} is not supported: only {', '.join(ARCHITECTURES)} are")
+        raise UnsupportedModelError(
+            f"architectures {_short(names[0])} is not supported: only {', '.join(ARCHITECTURES)} are"
+        )
     if isinstance(kind, str) and kind in ARCHITECTURES.values():
         return kind
-    raise UnsupportedModelError(f"model_type {kind!r} is not supported: only {', '.join(ARCHITECTURES.values())} are")
+    raise UnsupportedModelError(
+        f"model_type {_short(kind)} is not supported: only {', '.join(ARCHITECTURES.values())} are"
+    )
 
 
-def _refuse_sliding_window(raw: Mapping[str, object], architecture: str, max_position: int) -> None:
+def _refuse_sliding_window(raw: Mapping[str, object], architecture: str, num_layers: int, max_position: int) -> None:
     """A window that never bites, since no position is that far, is fine."""
     window: object = None
     match architecture:
         case "mistral":
             window = raw.get("sliding_window", 4096)
         case "qwen2" | "qwen3" if raw.get("use_sliding_window"):
-            layers = raw.get("layer_types") or ()
-            assert isinstance(layers, list | tuple)
+            layers = raw.get("layer_types")
             first = raw.get("max_window_layers", 28)
-            if "sliding_attention" in layers or (not layers and first < raw["num_hidden_layers"]):  # type: ignore[operator]
-                window = raw.get("sliding_window", 4096)
-    if isinstance(window, int) and window < max_position:
+            num_full = first if isinstance(first, int) else 0
+            slides = "sliding_attention" in layers if isinstance(layers, list) else num_full < num_layers
+            window = raw.get("sliding_window", 4096) if slides else None
+    if window is not None and (not isinstance(window, int) or window < max_position):
         raise UnsupportedModelError(
-            f"sliding_window {window} is not supported: it is shorter than max_position_embeddings {max_position}"
+            f"sliding_window {_short(window)} is not supported: max_position_embeddings is {max_position}"
         )
 
 
@@ -244,7 +252,7 @@ def _integer(raw: Mapping[str, object], name: str) -> int:
 
 
 def _positive(value: object, name: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UnsupportedModelError(f"{name} must be a positive number, got {_short(value)}")
     return float(value)
 

@@ -20,6 +20,8 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+_MAY_BE_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+"""Zero counts as absent, as it does in transformers."""
 
 
 class RotaryEmbedding:
@@ -65,8 +67,10 @@ def check_rope_scaling(parameters: Mapping[str, object]) -> tuple[tuple[str, Rop
         if name not in kept:
             raise UnsupportedModelError(f"rope_scaling of type {kind} lacks {name!r}")
     for name, value in kept.items():
-        if name not in ("rope_type", "truncate") and (isinstance(value, str | bool) or not math.isfinite(value)):
-            raise UnsupportedModelError(f"rope_scaling.{name} must be a finite number, got {value!r}")
+        if name in _MAY_BE_ZERO and value == 0:
+            continue
+        if name not in ("rope_type", "truncate") and (isinstance(value, str | bool) or not 0 < value < math.inf):
+            raise UnsupportedModelError(f"rope_scaling.{name} must be a positive number, got {value!r}")
     return () if kind == "default" else tuple(kept.items())
 
 

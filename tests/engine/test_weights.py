@@ -8,6 +8,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import LLAMA3, YARN, make_checkpoint, our_logits, random_tokens, their_logits
 
@@ -63,6 +65,26 @@ def test_config_that_the_model_code_lacks_is_refused_by_name(raw: dict[str, Any]
         parse_config(raw)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["rope_type", "factor"]), inner),
+)
+FIELDS = [*LLAMA, "model_type", "hidden_act", "head_dim", "rope_scaling", "rope_parameters", "rope_theta"]
+FIELDS += ["use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "attention_bias", "num_experts"]
+
+
+@given(st.sampled_from([LLAMA, MISTRAL, QWEN2]), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3), JSON)
+def test_any_json_is_a_config_or_refused_in_one_line(
+    raw: dict[str, Any], changes: dict[str, Any], ends: object
+) -> None:
+    try:
+        config = parse_config(raw | changes, ends)
+    except UnsupportedModelError as error:
+        assert "\n" not in str(error)
+    else:
+        assert config.head_dim % 2 == 0
 
 
 @pytest.mark.parametrize(
