@@ -9,10 +9,12 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from .api import Api
+from .directory import Directory
 from .metrics import Metrics, ServeInstrument
+from .prefix_lookup import PrefixLookup
 from .router import RouterCore, Tokenizer
 from .serve_pool import ServePool
-from .settings import Settings
+from .settings import Settings, cluster_secret
 
 METRICS_TIMEOUT_S = 5.0
 
@@ -29,10 +31,18 @@ class Router:
     ) -> None:
         if tokenizer is None:
             tokenizer = _load_tokenizer(settings)
-        self._core = RouterCore(settings, tokenizer, ServePool(decode), Metrics(ServeInstrument))
+        pool = ServePool(decode)
+        self._core = RouterCore(settings, tokenizer, pool, Metrics(ServeInstrument), _prefix_lookup(settings, pool))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return Api(self._core, read_node_metrics).app()
+
+
+def _prefix_lookup(settings: Settings, pool: ServePool) -> PrefixLookup | None:
+    if settings.redis.url is None or not settings.cache.prefix_cache:
+        return None
+    key = cluster_secret(settings)
+    return PrefixLookup(Directory.from_settings(settings, key), key, pool)
 
 
 def _load_tokenizer(settings: Settings) -> Tokenizer:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ray import serve
-from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from .messages import LeaseCall, PrefillRequest, PrefixHint
 
@@ -14,12 +14,12 @@ def own_worker_id() -> str:
     return unique_id
 
 
-class AddressedRouter(FIFOMixin, RequestRouter):
-    """Tries the workers in `prefer` of the call's PrefixHint or PrefillRequest in order, then every other one.
+class AddressedRouter(RequestRouter):
+    """Tries the workers in `prefer` of a PrefixHint, PrefillRequest or LeaseCall in order, then every other one.
 
     Use: `RequestRouterConfig(request_router_class="lserve.deployments.routing:AddressedRouter")` on the called
     deployment. A named worker that died or is full is passed over; the rest stand in one rank, where Serve takes the
-    shortest queue.
+    shortest queue. No FIFOMixin: with it the oldest call would get the replica that was chosen for another one.
     """
 
     async def choose_replicas(

@@ -1,8 +1,8 @@
-"""How Ray Serve itself is set up, by environment variables that it reads when it is imported.
+"""How Ray Serve itself is set up, by environment variables that its processes read when they start.
 
-Every process of a cluster must see the same ones: `apply()` before Ray is imported does so on one machine; cluster.yaml
-and the Kubernetes manifests carry them for the others. Measured with benchmarks/bench_router.py: without them 32 streams
-reach 1,700 tokens/s on two cores, with them 8,000.
+On one machine `apply()` before `ray.init` sets them; cluster.yaml and the Kubernetes manifests carry them for all other
+clusters. Measured with benchmarks/bench_router.py on two busy cores: without them 32 streams reach 1,700 tokens/s, with
+them 7,000 to 8,000.
 """
 
 import os
@@ -20,6 +20,9 @@ SERVE_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 
 
 def apply() -> None:
-    """Sets what is not set yet. Call it before anything imports ray.serve."""
+    """Sets what is not set yet, for the processes of the cluster that `ray.init` or `ray start` then begins.
+
+    A driver that imported ray.serve before this keeps handles that work outside of an event loop.
+    """
     for name, value in SERVE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -185,6 +185,14 @@ def secret(variable: str) -> str | None:
     return os.environ.get(variable) or None
 
 
+def cluster_secret(settings: Settings) -> bytes:
+    """What names and authenticates pages in Redis. Raises SettingsError when there is a Redis but no secret."""
+    value = secret(settings.redis.secret_env)
+    if value is None and settings.redis.url is not None:
+        raise SettingsError(f"redis.url is set, so the environment must have a secret in {settings.redis.secret_env}")
+    return (value or "").encode()
+
+
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """A decode worker without an engine: letters at a given pace, for router tests and the benchmark of its overhead."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 
 from lserve.deployments.messages import PrefixHint, WorkerInfo, WorkerLoad
@@ -42,6 +43,10 @@ class StubWorker:
     async def load(self) -> WorkerLoad:
         """One page per request."""
         return WorkerLoad(own_worker_id(), self._running, 1 << 20, self._running, 0)
+
+    async def process_id(self) -> tuple[int, int]:
+        """(running requests, process id), for tests that kill it."""
+        return self._running, os.getpid()
 
 
 def _output(request: Request, choice: int, start: int, end: int) -> Output:

@@ -1,0 +1,120 @@
+"""The router under real Ray Serve and real HTTP, before stub workers that can be killed."""
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from lserve.deployments import serve_environment
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own, on import
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+CHAT = {"model": "stub", "messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """Two stub workers that write a letter every 20 ms."""
+    root = Path(__file__).parents[2]
+    paths = [str(root), str(root / "tests" / "deployments")]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    import ray
+    from fake_pool import ByteTokenizer
+    from ray import serve
+    from stub_worker import StubWorker
+
+    from lserve.deployments.app import bind_router, worker
+    from lserve.deployments.settings import load_settings
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = load_settings(
+        {"model": {"path": "stub", "served_name": "stub"}, "decode": {"replicas": 2, "num_cpus": 0}}
+    )
+    serve_environment.apply()
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    serve.run(bind_router(settings, worker(StubWorker, settings.decode).bind(0.02), ByteTokenizer()), name="stub")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+    ray.shutdown()
+
+
+def ask_workers(method: str) -> list[Any]:
+    """What each live stub worker answers."""
+    from ray import serve
+
+    answers = serve.get_deployment_handle("StubWorker", "stub").broadcast(method).results(return_exceptions=True)
+    return [answer for answer in answers if not isinstance(answer, Exception)]
+
+
+def running() -> list[int]:
+    """How many requests each live worker has."""
+    return [load.running for load in ask_workers("load")]
+
+
+def eventually(condition: Callable[[], bool], within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.02)
+
+
+def test_health_models_and_answers(url: str) -> None:
+    eventually(lambda: httpx.get(f"{url}/health").status_code == 200, 10)
+    assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "stub"
+    reply = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, "max_tokens": 26}).json()
+    assert reply["choices"][0]["message"]["content"] == LETTERS
+
+
+def test_requests_go_to_the_worker_with_the_fewest_pages(url: str) -> None:
+    parts = []  # an iterator that nobody holds any more closes its stream
+    with httpx.Client() as client, ExitStack() as streams:
+        for _ in range(4):
+            body = {**CHAT, "max_tokens": 1000, "stream": True}
+            response = streams.enter_context(client.stream("POST", f"{url}/v1/chat/completions", json=body))
+            parts.append(response.iter_raw())
+            next(parts[-1])
+        assert running() == [2, 2]
+
+
+def test_a_client_that_leaves_ends_the_work_within_a_second(url: str) -> None:
+    eventually(lambda: sum(running()) == 0, 1)
+    body = {**CHAT, "max_tokens": 5000, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        parts = response.iter_raw()
+        next(parts)
+        assert sum(running()) == 1
+    eventually(lambda: sum(running()) == 0, 1)
+
+
+def test_a_worker_killed_in_mid_stream_goes_unnoticed(url: str) -> None:
+    body = {"model": "stub", "prompt": "x", "max_tokens": 104, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        read = [next(lines) for _ in range(9)]
+        (busy,) = [pid for count, pid in ask_workers("process_id") if count]
+        os.kill(busy, signal.SIGKILL)
+        read += list(lines)
+    *events, done = [line.removeprefix("data: ") for line in read if line]
+    assert done == "[DONE]"
+    choices = [json.loads(event)["choices"][0] for event in events]
+    assert "".join(choice["text"] for choice in choices) == 4 * LETTERS
+    assert choices[-1]["finish_reason"] == "length"
+    eventually(lambda: sum(running()) == 0, 1)
+
+
+def test_the_nodes_metrics_are_passed_on(url: str) -> None:
+    eventually(lambda: "lserve_time_to_first_token_seconds_bucket" in httpx.get(f"{url}/metrics").text, 20)
+    names = {line.split("{")[0] for line in httpx.get(f"{url}/metrics").text.splitlines() if line.startswith("lserve_")}
+    assert {"lserve_requests_total", "lserve_running_requests"} <= names
