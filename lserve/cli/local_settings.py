@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lserve.deployments.settings import Settings, load_settings
@@ -32,7 +33,8 @@ def local_settings(
     else:
         chosen = [] if model is None else [f"model.path={model}"]
         settings = load_settings(file, [*chosen, *overrides])
-    report(f"looking for {settings.model.path}")
+    if not Path(settings.model.path).exists():
+        report(f"fetching {settings.model.path}")
     path = str(locate(settings.model.path).resolve())
     read_config(path)  # an unsupported model is refused here, before anything is started
     settings = _updated(settings, "model", {"path": path, "served_name": settings.served_name})

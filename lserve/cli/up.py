@@ -59,7 +59,6 @@ def run(options: argparse.Namespace) -> int:
             return 0 if is_up else 130
         finally:
             progress.end(failed=True)
-            progress.stage("stopping")
 
 
 def how_to_go_on(model: str, url: str) -> str:
@@ -95,6 +94,7 @@ def _start(options: argparse.Namespace, progress: Progress, stack: ExitStack) ->
     _stop_on_sigterm()  # Ray put its own handler in place
     progress.stage(f"loading {settings.served_name} into {_workers(settings)}")
     url = stack.enter_context(serving(settings))
+    stack.callback(progress.stage, "stopping; Ctrl-C again does not wait for answers in progress")
     wait_until_ready(url, READY_TIMEOUT_S)
     progress.end()
     return settings, url
