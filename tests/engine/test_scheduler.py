@@ -1,0 +1,437 @@
+"""The scheduling policy over real page pools, with a runner that computes nothing. No torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lserve.engine.chain import chain_hashes
+from lserve.engine.config import BLOCK_SIZE, PAGE_SIZE, SchedulerConfig, SparsityConfig
+from lserve.engine.errors import CapacityError
+from lserve.engine.page_pool import PagePool
+from lserve.engine.prefix_index import PrefixIndex
+from lserve.engine.request import AttentionOptions, Request, SamplingParams
+from lserve.engine.residency import Residency
+from lserve.engine.scheduler import Plan, Scheduler
+from lserve.engine.sequence import Sequence, State
+
+SINK, WINDOW = 64, 128
+MOST_STREAMING = SINK // PAGE_SIZE + WINDOW // PAGE_SIZE + 1
+
+
+@dataclass
+class Bench:
+    """A scheduler, its pools, and a stand-in for engine and runner."""
+
+    num_retrieval: int = 40
+    num_streaming: int = 60
+    num_rows: int = 12
+    chunk_size: int = 256
+    max_batch_size: int = 8
+    max_waiting: int = 100
+    swap_bytes: int = 10**9
+    prefix_cache: bool = False
+    has_retrieval: bool = True
+    has_streaming: bool = True
+    swapped: set[Sequence] = field(default_factory=set)
+    live: list[Sequence] = field(default_factory=list)
+    restored: list[Sequence] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.retrieval = PagePool(self.num_retrieval, "retrieval")
+        self.streaming = PagePool(self.num_streaming, "streaming")
+        self.rows = PagePool(self.num_rows, "tail row")
+        sparsity, residency = SparsityConfig(sink_size=SINK, local_window=WINDOW), Residency(SINK, WINDOW)
+        self.residency = residency
+        self.index = None
+        if self.prefix_cache:
+            pools = (
+                self.retrieval if self.has_retrieval else None,
+                self.streaming if self.has_streaming else None,
+            )
+            self.index = PrefixIndex(*pools, residency)
+        config = SchedulerConfig(self.chunk_size, self.max_batch_size, max_waiting=self.max_waiting)
+        self.scheduler = Scheduler(
+            config,
+            sparsity,
+            residency,
+            self.retrieval,
+            self.streaming,
+            self.rows,
+            self.index,
+            self.swap_out,
+            self.has_retrieval,
+            self.has_streaming,
+        )
+
+    def swap_out(self, sequence: Sequence) -> bool:
+        """Host memory of swap_bytes, a page being a byte."""
+        assert sequence not in self.swapped and sequence not in self.restored, "saved before it was restored"
+        if sum(len(s.token_ids) // PAGE_SIZE + 1 for s in [*self.swapped, sequence]) > self.swap_bytes:
+            return False
+        self.swapped.add(sequence)
+        return True
+
+    def add(self, num_tokens: int, max_tokens: int = 4, n: int = 1, tokens: int = 7, **flags: bool) -> Sequence:
+        """Queues a request of num_tokens equal tokens."""
+        dense = flags.pop("dense", False)
+        prompt = (tokens,) * num_tokens
+        params = SamplingParams(n=n, max_tokens=max_tokens)
+        sequence = Sequence(Request("r", prompt, params, AttentionOptions(dense=dense)), 0, list(prompt), num_tokens)
+        sequence.num_forks = n - 1
+        sequence.prefill_only, sequence.hold = flags.get("prefill_only", False), flags.get("hold", False)
+        if self.index is not None:
+            sequence.chain = chain_hashes(b"root", prompt)
+        self.scheduler.add(sequence)
+        self.live.append(sequence)
+        return sequence
+
+    def step(self) -> Plan:
+        """What the engine does: restore, decode, prefill, and let go of what is done."""
+        plan = self.scheduler.schedule()
+        self.restored = list(plan.swapped_in)
+        self.check_plan(plan)
+        for sequence in plan.swapped_in:
+            self.swapped.remove(sequence)
+        self.restored = []
+        for sequence in plan.decode:
+            sequence.num_computed = sequence.num_tokens
+            self.emit(sequence)
+            if sequence.state is State.RUNNING:
+                self.scheduler.drop_stale_streaming(sequence)
+        for chunk in plan.prefill:
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.end
+            self.publish(sequence, chunk.end)
+            if chunk.is_last and sequence.prefill_only:
+                self.finish(sequence)
+            elif chunk.is_last:
+                self.start(sequence)
+            if sequence.state is State.PREFILL:
+                self.scheduler.drop_stale_streaming(sequence)
+        return plan
+
+    def start(self, lead: Sequence) -> None:
+        """Begins decoding all choices."""
+        forks = self.scheduler.fork(lead)
+        self.live += forks
+        for sequence in [lead, *forks]:
+            self.scheduler.start_decode(sequence)
+            self.emit(sequence)
+
+    def emit(self, sequence: Sequence) -> None:
+        """Draws a token; ends the choice at its max_tokens."""
+        sequence.token_ids.append(5)
+        if sequence.num_tokens == len(sequence.request.prompt_token_ids) + sequence.request.sampling.max_tokens:
+            self.finish(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends a sequence, whatever its state."""
+        self.scheduler.finish(sequence)
+        self.swapped.discard(sequence)
+        self.live.remove(sequence)
+
+    def publish(self, sequence: Sequence, end: int) -> None:
+        """Puts whole pages into the index."""
+        if self.index is None or not sequence.chain:
+            return
+        last = min(end // PAGE_SIZE, len(sequence.chain))
+        kept = set(self.residency.streaming_pages_kept(sequence.num_prefill))
+        streaming = {i: p for i, p in sequence.streaming_pages.items() if i in kept and i < last}
+        self.index.insert(sequence.chain[:last], sequence.retrieval_pages[:last], streaming)
+
+    def check_plan(self, plan: Plan) -> None:
+        """Everything that the step reads and writes is there."""
+        for sequence in plan.decode:
+            assert sequence.state is State.RUNNING and sequence.row is not None
+            own = sequence.own_page
+            assert len(sequence.retrieval_pages) == (own + 1 if self.has_retrieval else 0)
+            if self.has_streaming:
+                wanted = {*self.residency.streaming_pages_to_resume(sequence.position), own}
+                assert set(sequence.streaming_pages) == wanted and len(wanted) <= MOST_STREAMING
+            self.assert_private(sequence, own)
+        assert sum(c.length for c in plan.prefill) <= self.chunk_size
+        assert len({c.sequence.request.attention.dense for c in plan.prefill}) <= 1
+        for chunk in plan.prefill:
+            assert chunk.start % BLOCK_SIZE == 0 and chunk.length > 0
+            assert chunk.is_last or chunk.length % BLOCK_SIZE == 0
+            written = range(chunk.start // PAGE_SIZE, chunk.end // PAGE_SIZE + 1)
+            needed = {*self.residency.streaming_pages_to_resume(chunk.start), *written}
+            assert not self.has_streaming or needed <= set(chunk.sequence.streaming_pages)
+            for page in written:
+                self.assert_private(chunk.sequence, page)
+        rows = [row for s in self.live for row in [*s.fork_rows, *([] if s.row is None else [s.row])]]
+        assert len(set(rows)) == len(rows) <= self.num_rows
+        assert len(plan.decode) <= self.max_batch_size
+
+    def assert_private(self, sequence: Sequence, page: int) -> None:
+        """A page that is written has one holder."""
+        if self.has_retrieval:
+            assert self.retrieval.refcount(sequence.retrieval_pages[page]) == 1
+        if self.has_streaming:
+            assert self.streaming.refcount(sequence.streaming_pages[page]) == 1
+
+    def assert_idle(self) -> None:
+        """Nothing is held but what the index keeps."""
+        assert not self.live and not self.scheduler.has_work and not self.scheduler.held and not self.swapped
+        assert [p.num_held for p in (self.retrieval, self.streaming, self.rows)] == [0, 0, 0]
+
+    def drain(self, most: int = 5000) -> None:
+        """Steps until all is done; every step must do something."""
+        for _ in range(most):
+            if not self.scheduler.has_work:
+                return
+            plan = self.step()
+            assert plan.decode or plan.prefill, "nothing progresses"
+        raise AssertionError("the work does not end")
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """A bench that must end idle."""
+    made = Bench()
+    yield made
+    made.drain()
+    made.assert_idle()
+
+
+def test_oldest_first_and_whole_blocks_but_for_the_last_chunk(bench: Bench) -> None:
+    first, second, third = bench.add(300), bench.add(70), bench.add(500)
+    assert [(c.sequence, c.start, c.length) for c in bench.step().prefill] == [(first, 0, 256)]
+    assert [(c.sequence, c.start, c.length) for c in bench.step().prefill] == [
+        (first, 256, 44),
+        (second, 0, 70),
+        (third, 0, 128),
+    ]
+    plan = bench.step()
+    assert plan.decode == [first, second]
+    assert [(c.start, c.length) for c in plan.prefill] == [(128, 256)]
+
+
+def test_one_that_does_not_fit_yet_is_not_overtaken() -> None:
+    bench = Bench(num_retrieval=10)
+    big, bigger, small = bench.add(400, 4), bench.add(500, 4), bench.add(5, 4)
+    plan = bench.step()
+    assert plan.admitted == [big] and list(bench.scheduler.waiting) == [bigger, small]
+    bench.drain()
+    bench.assert_idle()
+
+
+def test_no_more_choices_at_once_than_the_batch_holds() -> None:
+    bench = Bench(max_batch_size=4)
+    for n in (2, 1, 2, 4):
+        bench.add(10, 3, n=n)
+    sizes = []
+    while bench.scheduler.has_work:
+        sizes.append(len(bench.step().decode))
+    assert max(sizes) == 4
+    bench.assert_idle()
+
+
+def test_a_full_queue_refuses() -> None:
+    bench = Bench(max_waiting=1)
+    bench.add(10)
+    with pytest.raises(CapacityError, match="1 requests are waiting already"):
+        bench.add(10)
+    bench.drain()
+    bench.assert_idle()
+
+
+def test_dense_and_sparse_prompts_take_turns(bench: Bench) -> None:
+    bench.add(50, dense=True), bench.add(50), bench.add(50)
+    assert [[c.sequence.request.attention.dense for c in bench.step().prefill] for _ in range(2)] == [
+        [True],
+        [False, False],
+    ]
+
+
+def test_choices_share_whole_pages_and_nothing_else(bench: Bench) -> None:
+    lead = bench.add(150, 100, n=3)
+    bench.step()
+    choices = bench.scheduler.running
+    assert [s.choice for s in choices] == [0, 1, 2] and choices[0] is lead
+    assert [bench.retrieval.refcount(page) for page in lead.retrieval_pages[:2]] == [3, 3]
+    assert len({s.row for s in choices}) == 3
+    bench.step()
+    assert bench.retrieval.num_used == 2 + 3
+    bench.drain()
+
+
+@pytest.mark.parametrize("classes", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("swap_bytes", [0, 15, 10**9])
+def test_running_out_of_pages_preempts_the_youngest(classes: tuple[bool, bool], swap_bytes: int) -> None:
+    bench = Bench(num_retrieval=9, swap_bytes=swap_bytes, has_retrieval=classes[0], has_streaming=classes[1])
+    old, young = bench.add(250, 300), bench.add(200, 200)
+    preempted = False
+    while bench.scheduler.has_work:
+        bench.step()
+        preempted |= young.state in (State.SWAPPED, State.WAITING)
+        assert old.state not in (State.SWAPPED, State.WAITING)
+    assert preempted == classes[0]
+    bench.assert_idle()
+
+
+def test_a_recomputed_sequence_is_no_longer_held_for_another_worker() -> None:
+    """A held request that decodes and is preempted for recompute goes through prefill here, like any other."""
+    bench = Bench(swap_bytes=0)
+    sequence = bench.add(100, 50, hold=True)
+    plan = bench.step()
+    assert plan.admitted == [sequence] and sequence.state is State.HELD and not plan.prefill
+    sequence.num_computed = 100
+    bench.start(sequence)
+    bench.step()
+    bench.scheduler.preempt(sequence)
+    assert [c.length for c in bench.step().prefill] == [102]
+    bench.drain()
+    bench.assert_idle()
+
+
+def test_what_comes_back_from_host_memory_is_not_sent_away_in_the_same_step() -> None:
+    """Running sequences take their next pages first: else the copy would be made of pages not yet restored."""
+    bench = Bench(num_retrieval=4)
+    old, young = bench.add(127, 30), bench.add(100, 20)
+    bench.step()
+    bench.step()
+    assert old.own_page == 2 and len(old.retrieval_pages) == 2
+    bench.scheduler.preempt(young)
+    plan = bench.step()
+    assert plan.decode == [old] and not plan.swapped_in and young.state is State.SWAPPED
+    bench.drain()
+    bench.assert_idle()
+
+
+def test_held_requests_get_all_that_a_handoff_fills() -> None:
+    bench = Bench()
+    sequence = bench.add(600, 4, hold=True)
+    bench.step()
+    assert len(sequence.retrieval_pages) == 600 // PAGE_SIZE + 1
+    assert sorted(sequence.streaming_pages) == bench.residency.streaming_pages_for_decode(600)
+    assert not bench.scheduler.has_work
+    bench.scheduler.start_prefill(sequence, 512)
+    bench.scheduler.reserve_streaming(sequence, bench.residency.streaming_pages_to_resume(512))
+    assert [(c.start, c.length) for c in bench.step().prefill] == [(512, 88)]
+    bench.drain()
+    bench.assert_idle()
+
+
+def test_a_prefix_in_the_index_is_shared_and_not_computed() -> None:
+    bench = Bench(prefix_cache=True)
+    first = bench.add(600, 4)
+    bench.drain()
+    second, other = bench.add(600, 4), bench.add(600, 4, tokens=8)
+    plan = bench.step()
+    assert first.num_cached == 0 and second.num_cached == 512 and other.num_cached == 0
+    assert [(c.sequence, c.start, c.length) for c in plan.prefill] == [(second, 512, 88), (other, 0, 128)]
+    bench.drain()
+    bench.assert_idle()
+
+
+class Life(RuleBasedStateMachine):
+    """Anything may come, go, be preempted or be handed over at any time; pages and progress stay right."""
+
+    @initialize(
+        swap_bytes=st.sampled_from([0, 8, 10**9]),
+        prefix_cache=st.booleans(),
+        classes=st.sampled_from([(True, True), (True, False), (False, True)]),
+        num_retrieval=st.sampled_from([24, 40]),
+        batch=st.sampled_from([3, 6]),
+    )
+    def build(
+        self, swap_bytes: int, prefix_cache: bool, classes: tuple[bool, bool], num_retrieval: int, batch: int
+    ) -> None:
+        """Pools of the least size that `pool_sizes` would give."""
+        rows = batch + 2
+        live = (SINK + WINDOW) // PAGE_SIZE + 2
+        self.bench = Bench(
+            num_retrieval=num_retrieval if classes[0] else 1 << 20,
+            num_streaming=(rows * live + 2 * 256 // PAGE_SIZE + 2 * live) if classes[1] else 0,
+            num_rows=rows,
+            max_batch_size=batch,
+            swap_bytes=swap_bytes,
+            prefix_cache=prefix_cache,
+            has_retrieval=classes[0],
+            has_streaming=classes[1],
+        )
+
+    @rule(
+        num_tokens=st.integers(1, 700),
+        max_tokens=st.integers(1, 200),
+        n=st.integers(1, 3),
+        tokens=st.integers(0, 2),
+        kind=st.sampled_from(["", "", "", "prefill_only", "hold", "dense"]),
+    )
+    def add(self, num_tokens: int, max_tokens: int, n: int, tokens: int, kind: str) -> None:
+        """A request that fits when it is alone."""
+        pages = (num_tokens + max_tokens) // PAGE_SIZE + 1 + (n - 1) * (max_tokens // PAGE_SIZE + 2)
+        if pages <= min(self.bench.num_retrieval, 40):
+            self.bench.add(num_tokens, max_tokens, n, tokens, **({kind: True} if kind else {}))
+
+    @rule(times=st.integers(1, 40))
+    def step(self, times: int) -> None:
+        """Some steps; one that does nothing while nobody outside holds anything is a deadlock."""
+        for _ in range(times):
+            had_work = self.bench.scheduler.has_work
+            plan = self.bench.step()
+            if had_work and not self.bench.scheduler.held:
+                assert plan.decode or plan.prefill, "nothing progresses"
+
+    @precondition(lambda self: self.bench.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        """Any sequence ends from outside."""
+        self.bench.finish(data.draw(st.sampled_from(self.bench.live)))
+
+    @precondition(lambda self: self.bench.scheduler.running)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        """Any running sequence loses its place."""
+        self.bench.scheduler.preempt(data.draw(st.sampled_from(self.bench.scheduler.running)))
+
+    @precondition(lambda self: self.bench.scheduler.held)
+    @rule(data=st.data(), computed=st.integers(0, 4))
+    def hand_over(self, data: st.DataObject, computed: int) -> None:
+        """A held request's pages arrive, wholly or in part."""
+        bench, sequence = self.bench, data.draw(st.sampled_from(self.bench.scheduler.held))
+        start = sequence.num_cached + computed * BLOCK_SIZE
+        if computed == 4 or start >= sequence.num_prefill:
+            sequence.num_computed = sequence.num_prefill
+            bench.publish(sequence, sequence.num_prefill)
+            bench.start(sequence)
+        else:
+            bench.scheduler.reserve_streaming(sequence, bench.residency.streaming_pages_to_resume(start))
+            bench.scheduler.start_prefill(sequence, start)
+
+    @invariant()
+    def references_add_up(self) -> None:
+        """Every page's references are those of the sequences that list it, and the index's."""
+        if not hasattr(self, "bench"):
+            return
+        bench = self.bench
+        for pool, tables in (
+            (bench.retrieval, [s.retrieval_pages for s in bench.live]),
+            (bench.streaming, [list(s.streaming_pages.values()) for s in bench.live]),
+        ):
+            holders = [page for table in tables for page in table]
+            assert pool.num_held == len(set(holders))
+            assert all(pool.refcount(page) - 1 <= holders.count(page) <= pool.refcount(page) for page in set(holders))
+        assert bench.rows.num_used == sum(len(s.fork_rows) + (s.row is not None) for s in bench.live)
+        assert {s for s in bench.live if s.state is State.SWAPPED} == bench.swapped
+
+    def teardown(self) -> None:
+        """What is left ends by itself, but for held requests, which somebody outside must end."""
+        if hasattr(self, "bench"):
+            for sequence in list(self.bench.scheduler.held):
+                self.bench.finish(sequence)
+            while self.bench.scheduler.has_work:
+                plan = self.bench.step()
+                for sequence in list(self.bench.scheduler.held):
+                    self.bench.finish(sequence)
+                assert plan.decode or plan.prefill or plan.admitted, "nothing progresses"
+            self.bench.assert_idle()
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
