@@ -1,0 +1,1 @@
+"""The launchers' paths for CPU tensors: vectorised torch, no Python loop over tokens, pages or heads."""

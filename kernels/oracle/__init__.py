@@ -1,0 +1,1 @@
+"""What each operation means, in the plainest torch that says it. Only tests call these, to hold every path against them."""
