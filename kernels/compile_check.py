@@ -20,6 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import JITFunction
 
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "launch_pdl")
@@ -72,7 +73,7 @@ def recorded() -> Iterator[list[Launch]]:
         for parameter in self.params:
             if parameter.name not in arguments:
                 arguments[parameter.name] = parameter.default
-        launches.append(Launch(self, arguments, {k: v for k, v in kwargs.items() if k in OPTIONS and k not in names}))
+        launches.append(Launch(self, arguments, {k: v for k, v in kwargs.items() if k in OPTIONS}))
 
     JITFunction.run = record
     try:
@@ -116,7 +117,8 @@ def source(launch: Launch) -> ASTSource:
         if divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
     keys = {(launch.function.arg_names.index(name),): value for name, value in constants.items()}
-    return ASTSource(launch.function, signature, keys, attributes)
+    kind = GluonASTSource if isinstance(launch.function, GluonJITFunction) else ASTSource
+    return kind(launch.function, signature, keys, attributes)
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:

@@ -12,6 +12,9 @@ from ..views import DecodeBatch, LayerView, Selection
 from .codec import INTERPRETED, dequantize, load_codes, load_halves, math_dtype, pool_views
 from .work import always_kept, first_window_page, listed_pages, num_programs, sealed_pages, sequence_of
 
+if not INTERPRETED:
+    from . import decode_packed
+
 PROGRAMS_PER_MULTIPROCESSOR = 4
 MIN_UNITS = 2
 MERGE_BLOCK = 32
@@ -297,17 +300,22 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
     num_heads = layer.head_slots.numel()
     group = num_query_heads // num_heads
     num_retrieval, num_streaming = layer.retrieval_heads.numel(), layer.streaming_heads.numel()
-    programs = num_programs(query, PROGRAMS_PER_MULTIPROCESSOR)
+    packed = not INTERPRETED and decode_packed.supports(layout, query, layer.tail_key, group)
+    per_multiprocessor = decode_packed.PROGRAMS_PER_MULTIPROCESSOR if packed else PROGRAMS_PER_MULTIPROCESSOR
+    programs = num_programs(query, per_multiprocessor)
     places = programs + num_batch * num_heads
     partial_out = torch.empty(places, group, head_dim, dtype=torch.float32, device=query.device)
     partial_max, partial_sum = torch.empty(2, places, group, dtype=torch.float32, device=query.device)
     retrieval_codes, retrieval_half = pool_views(layer.retrieval_pool, layout)
     streaming_codes, streaming_half = pool_views(layer.streaming_pool, layout)
     block_b, block_d = triton.next_power_of_2(num_batch), triton.next_power_of_2(head_dim)
-    tail_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float32)
-    _decode_kernel[(programs,)](
-        query, out, partial_out, partial_max, partial_sum,
-        retrieval_codes, retrieval_half, streaming_codes, streaming_half,
+    common = dict(
+        RETRIEVAL=num_retrieval, STREAMING=num_streaming, GROUP=group, D=head_dim, LOGICAL=layout.logical_page_size,
+        KEY_BITS=layout.key_bits, VALUE_BITS=layout.value_bits,
+        KEY_MIN=layout.key_min, KEY_STEP=layout.key_step, VALUE_CODES=layout.value_codes,
+        VALUE_MIN=layout.value_min, VALUE_STEP=layout.value_step, BLOCK_B=block_b, MIN_UNITS=MIN_UNITS,
+    )  # fmt: skip
+    arguments = (
         layer.head_slots, layer.retrieval_heads, layer.streaming_heads,
         batch.rows, batch.positions, batch.budget_pages, batch.retrieval_table, batch.streaming_table,
         selection.pages, selection.counts, layer.tail_key, layer.tail_value,
@@ -317,14 +325,19 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
         batch.retrieval_table.stride(0), batch.streaming_table.stride(0),
         selection.pages.stride(0), selection.pages.stride(1), selection.counts.stride(0),
         *layer.tail_key.stride()[:3], *layer.tail_value.stride()[:3],
-        RETRIEVAL=num_retrieval, STREAMING=num_streaming, GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)),
-        D=head_dim, BLOCK_D=block_d, HALF=layout.page_size // 2, LOGICAL=layout.logical_page_size,
-        KEY_BITS=layout.key_bits, VALUE_BITS=layout.value_bits,
-        KEY_MIN=layout.key_min, KEY_STEP=layout.key_step, VALUE_CODES=layout.value_codes,
-        VALUE_MIN=layout.value_min, VALUE_STEP=layout.value_step,
-        DTYPE=math_dtype(layout, query.dtype), TAIL_DTYPE=tail_dtype, BLOCK_B=block_b, MIN_UNITS=MIN_UNITS,
-        ASM=not INTERPRETED, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
+    partial = (query, out, partial_out, partial_max, partial_sum)
+    pools = (retrieval_codes, retrieval_half, streaming_codes, streaming_half)
+    if packed:
+        decode_packed.launch(programs, *partial, *pools, *arguments, N=8 if group <= 8 else 16, **common)
+    else:
+        tail_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float32)
+        _decode_kernel[(programs,)](
+            *partial, *pools, *arguments,
+            BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d, HALF=layout.page_size // 2,
+            DTYPE=math_dtype(layout, query.dtype), TAIL_DTYPE=tail_dtype, ASM=not INTERPRETED, STAGES=STAGES,
+            num_warps=4, **common,
+        )  # fmt: skip
     _merge_kernel[(num_batch * num_heads, group)](
         out, partial_out, partial_max, partial_sum, layer.retrieval_heads, layer.streaming_heads,
         batch.positions, batch.budget_pages, num_batch, layer.sink_size, layer.local_window, programs, *out.stride()[:2],

@@ -150,9 +150,9 @@ def _masses_kernel(
     """Second stage: base-2 log-sum-exp of every listed page's scores, float32 [B, R, group_size, width + 1]; the own page's is last."""
     P: tl.constexpr = 2 * HALF
     UNIT: tl.constexpr = 8 if KEY_BITS < 16 else KEY_BITS
-    position, budget, chooses = _load_sequences(positions, budgets, reselects, num_batch, BLOCK_B, P)
+    every_position, every_budget, chooses = _load_sequences(positions, budgets, reselects, num_batch, BLOCK_B, P)
     sink_pages = (sink_size + P - 1) // P
-    ends = (_candidate_bound(position, budget, factor, sink_pages, window, P) + 1) * RETRIEVAL
+    ends = (_candidate_bound(every_position, every_budget, factor, sink_pages, window, P) + 1) * RETRIEVAL
     ends = tl.cumsum(tl.where(chooses, ends, 0), 0)
     total = tl.max(ends, 0)
     run = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_UNITS)

@@ -39,6 +39,17 @@ def poisoned_pool(num_pages: int, num_slots: int, layout: SlotLayout, device: st
     return torch.full((num_pages, max(num_slots, 1), layout.slot_bytes), POISON, dtype=torch.uint8, device=device)
 
 
+def without_poison(case: DecodeCase) -> DecodeCase:
+    """A copy whose unwritten places hold zeros, as an engine's fresh pools do (the CPU path multiplies them by a weight of 0)."""
+    pools = {}
+    for name in ("retrieval_pool", "streaming_pool"):
+        pool = getattr(case.layer, name).clone()
+        pool[(pool == POISON).all(-1)] = 0
+        pools[name] = pool
+    tails = {name: getattr(case.layer, name).nan_to_num(0.0) for name in ("tail_key", "tail_value")}
+    return replace(case, layer=replace(case.layer, **pools, **tails))
+
+
 def make_layer(
     layout: SlotLayout,
     streaming: list[bool],
