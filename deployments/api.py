@@ -1,7 +1,6 @@
 """The HTTP endpoints, as an ASGI app around a RouterCore. Runs under Ray Serve and under any ASGI server alike."""
 
 import asyncio
-import json
 import logging
 import re
 import time
@@ -154,7 +153,7 @@ class Api:
     async def _detokenize(self, request: Request, tenant: str) -> Response:
         body = await _parsed(partial(parse, DetokenizeBody), await self._body(request))
         self._core.check_model(body.model)
-        return JSONBytes({"prompt": self._core.decode(body.tokens)})
+        return JSONResponse({"prompt": self._core.decode(body.tokens)})
 
     async def _health(self, request: Request, tenant: str) -> Response:
         ready = await self._core.pool.ready()
@@ -208,7 +207,7 @@ class GenerationResponse(Response):
                 async for batch in batches:
                     outputs.extend(batch)
             ordered = sorted(joined(outputs), key=lambda output: output.choice)
-            response: Response = JSONBytes(self._shape.whole(ordered, answer.usage))
+            response: Response = JSONResponse(self._shape.whole(ordered, answer.usage))
         except Exception as error:
             response = error_response(error)
         await response(scope, receive, send)
@@ -230,16 +229,6 @@ class GenerationResponse(Response):
 
     def _events(self, outputs: Sequence[Output]) -> bytes:
         return b"".join(event(self._shape.piece(output)) for output in joined(outputs))
-
-
-class JSONBytes(Response):
-    """A JSON body, which unlike Starlette's own never fails on a lone surrogate."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        """Compact JSON."""
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
@@ -268,7 +257,7 @@ def error_response(error: Exception) -> Response:
         headers["retry-after"] = str(max(1, round(known.retry_after_s)))
     if known.status_code == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONBytes(error_body(known), status_code=known.status_code, headers=headers)
+    return JSONResponse(error_body(known), status_code=known.status_code, headers=headers)
 
 
 def as_lserve_error(error: Exception) -> LServeError:

@@ -1,10 +1,11 @@
 """HTTP bodies out: what OpenAI's clients expect, built from the engine's outputs."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+from pydantic_core import to_json
 
 from lserve.engine.errors import (
     AuthenticationError,
@@ -207,7 +208,7 @@ def error_body(error: LServeError) -> Json:
 
 def event(body: Json) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(errors="replace") + b"\n\n"
+    return b"data: " + to_json(body) + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

@@ -1,6 +1,7 @@
 """The decode workers behind a Ray Serve handle."""
 
 import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -17,15 +18,17 @@ from lserve.engine.request import Output, Request
 from .messages import PrefixHint, WorkerInfo, WorkerLoad
 from .pool import WorkerGoneError
 
-POLL_INTERVAL_S = 0.25
-POLL_TIMEOUT_S = 2.0
+BUSY_POLL_S, IDLE_POLL_S = 0.25, 2.0
+ANSWER_TIMEOUT_S = 2.0
+INFO_TIMEOUT_S = 10.0
+
+logger = logging.getLogger(__name__)
 
 
 class ServePool:
     """The replicas of the decode deployment, behind a Serve handle.
 
-    A request goes to the worker with the fewest reserved pages, counted as it last said plus what was sent to it since.
-    With one worker there is nothing to choose, and nothing is polled.
+    A request goes to the worker with the fewest reserved pages: as it last said, plus what was sent to it since.
     """
 
     def __init__(self, handle: "DeploymentHandle[object]") -> None:
@@ -56,7 +59,9 @@ class ServePool:
         """Of any worker, asked once."""
         if self._info is None:
             try:
-                self._info = await self._handle.info.remote()
+                self._info = await asyncio.wait_for(self._handle.info.remote(), INFO_TIMEOUT_S)
+            except TimeoutError:
+                raise WorkerLostError("no decode worker answers") from None
             except (RayError, DeploymentUnavailableError) as error:
                 raise _translated(error) from error
             self._polling = asyncio.create_task(self._poll())
@@ -76,17 +81,19 @@ class ServePool:
 
     async def _poll(self) -> None:
         while True:
+            is_busy = len(self._loads) > 1 and bool(self._sent_pages)
             self._sent_pages.clear()
             answers = await self._ask("load")
             loads = [answer for answer in answers if isinstance(answer, WorkerLoad)]
             self._loads = {load.worker_id: load for load in loads}
-            await asyncio.sleep(POLL_INTERVAL_S)
+            await asyncio.sleep(BUSY_POLL_S if is_busy else IDLE_POLL_S)
 
     async def _ask(self, method: str) -> list[object]:
         try:
             broadcast = self._handle.broadcast(method)
-            return list(await broadcast.results_async(timeout_s=POLL_TIMEOUT_S, return_exceptions=True))
-        except (TimeoutError, RayError, DeploymentUnavailableError):
+            return list(await broadcast.results_async(timeout_s=ANSWER_TIMEOUT_S, return_exceptions=True))
+        except Exception as error:
+            logger.warning("no decode worker answers to %s: %s", method, error)
             return []
 
 

@@ -6,9 +6,12 @@ from collections.abc import AsyncIterator
 
 from lserve.deployments.messages import PrefixHint, WorkerInfo, WorkerLoad
 from lserve.deployments.routing import own_worker_id
+from lserve.engine.errors import CapacityError, PromptTooLongError
 from lserve.engine.request import FinishReason, Output, Request
 
 MAX_MODEL_LEN = 32_768
+ERRORS = {429: CapacityError("full"), 413: PromptTooLongError("long"), 500: RuntimeError("ours")}
+"""What the worker raises for these seeds."""
 
 
 class StubWorker:
@@ -20,6 +23,8 @@ class StubWorker:
 
     async def generate(self, request: Request, hint: PrefixHint) -> AsyncIterator[list[Output]]:
         """max_tokens tokens of each choice; tokens that came while the caller was busy go together."""
+        if request.sampling.seed in ERRORS:
+            raise ERRORS[request.sampling.seed]
         self._running += 1
         try:
             sampling, start = request.sampling, asyncio.get_running_loop().time()

@@ -77,6 +77,13 @@ def test_health_models_and_answers(url: str) -> None:
     assert reply["choices"][0]["message"]["content"] == LETTERS
 
 
+@pytest.mark.parametrize("status", [413, 429, 500])
+def test_what_a_worker_raises_becomes_its_status(url: str, status: int) -> None:
+    response = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, "seed": status, "stream": True})
+    assert response.status_code == status
+    assert ("retry-after" in response.headers) is (status == 429)
+
+
 def test_requests_go_to_the_worker_with_the_fewest_pages(url: str) -> None:
     parts = []  # an iterator that nobody holds any more closes its stream
     with httpx.Client() as client, ExitStack() as streams:
