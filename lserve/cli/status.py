@@ -48,7 +48,9 @@ def read_samples(text: str) -> Samples:
     samples: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            if sample.name.startswith("lserve_"):
+            # workers count the choices they run, the router counts requests: the latter are what a user sees
+            of_worker = sample.name.endswith("_requests") and sample.labels.get("deployment", "Router") != "Router"
+            if sample.name.startswith("lserve_") and not of_worker:
                 samples[sample.name][sample.labels.get("state") or sample.labels.get("tier") or ""] += sample.value
     return samples
 

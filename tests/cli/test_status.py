@@ -8,8 +8,9 @@ lserve_kv_pages{pool="retrieval",state="free",replica="a"} 90.0
 lserve_kv_pages{pool="streaming",state="free",replica="a"} 10.0
 lserve_kv_pages{pool="retrieval",state="used",replica="b"} 5.0
 # TYPE lserve_running_requests gauge
-lserve_running_requests{replica="a"} 2.0
-lserve_running_requests{replica="b"} 1.0
+lserve_running_requests{deployment="Router",replica="a"} 2.0
+lserve_running_requests{deployment="Router",replica="b"} 1.0
+lserve_running_requests{deployment="DecodeWorker",replica="c"} 3.0
 # TYPE lserve_prefix_tokens_total counter
 lserve_prefix_tokens_total{tier="pool"} 300.0
 lserve_prefix_tokens_total{tier="redis"} 100.0
@@ -19,7 +20,7 @@ ray_node_cpu 3.0
 """
 
 
-def test_the_summary_adds_up_over_workers() -> None:
+def test_the_summary_adds_up_over_replicas() -> None:
     assert summary(read_samples(PAGE)) == [
         ("running requests", "3"),
         ("pages", "100 free, 5 used"),
