@@ -91,9 +91,14 @@ class KVCache:
         """Copies a tail row (a further choice starts from the same incomplete page)."""
         self.tail[target].copy_(self.tail[source])
 
+    @property
+    def selection_row_bytes(self) -> int:
+        """Bytes of a row's page choices."""
+        return (self.selected.nbytes + self.selected_counts.nbytes) // self.selected.shape[1]
+
     def export_selection(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Host copies of a row's page choices."""
-        return self.selected[:, row].cpu(), self.selected_counts[:, row].cpu()
+        return self.selected[:, row].clone().cpu(), self.selected_counts[:, row].clone().cpu()
 
     def restore_selection(self, row: int, state: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Puts back what `export_selection` returned, maybe under another row."""

@@ -15,11 +15,7 @@ class _Saved:
     streaming_index: list[int]
     tail: torch.Tensor
     selection: tuple[torch.Tensor, torch.Tensor]
-
-    @property
-    def num_bytes(self) -> int:
-        tensors = (self.retrieval, self.streaming, self.tail, *self.selection)
-        return sum(t.numel() * t.element_size() for t in tensors)
+    num_bytes: int
 
 
 class HostSwap:
@@ -35,8 +31,10 @@ class HostSwap:
         assert sequence.row is not None
         index = sorted(sequence.streaming_pages)
         page_format = self._cache.page_format
-        needed = len(sequence.retrieval_pages) * page_format.retrieval_page_bytes + page_format.tail_row_bytes
-        if self.used_bytes + needed + len(index) * page_format.streaming_page_bytes > self._limit:
+        needed = len(sequence.retrieval_pages) * page_format.retrieval_page_bytes
+        needed += len(index) * page_format.streaming_page_bytes
+        needed += page_format.tail_row_bytes + self._cache.selection_row_bytes
+        if self.used_bytes + needed > self._limit:
             return False
         saved = _Saved(
             self._export("retrieval", sequence.retrieval_pages),
@@ -44,9 +42,10 @@ class HostSwap:
             index,
             self._cache.export("tail", [sequence.row]),
             self._cache.export_selection(sequence.row),
+            needed,
         )
         self._saved[sequence] = saved
-        self.used_bytes += saved.num_bytes
+        self.used_bytes += needed
         return True
 
     def restore(self, sequence: Sequence) -> None:

@@ -171,7 +171,7 @@ def request(prompt: Sequence[int], max_tokens: int = 4, *, attention: Any = None
     """A greedy request under a new id and seed; sampling fields by name."""
     seed = next(_seeds)
     ours = {name: fields.pop(name) for name in ("tenant", "emitted", "choice", "deadline") if name in fields}
-    sampling = SamplingParams(**{"temperature": 0.0, "seed": seed, "max_tokens": max_tokens} | fields)
+    sampling = SamplingParams(**{"temperature": 0.0, "seed": seed, "max_tokens": max_tokens, "ignore_eos": True} | fields)
     return Request(f"request-{seed}", tuple(prompt), sampling, attention or AttentionOptions(), **ours)
 
 
