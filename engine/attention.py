@@ -95,32 +95,11 @@ class PrefillStep:
 
 
 class DecodeStep:
-    """Attention of one new token for each of B sequences; `seal` quantizes the pages that it filled."""
+    """Attention of one new token for each of B sequences. any_reselect: whether the batch's reselect has a True."""
 
-    def __init__(self, cache: KVCache, sparsity: SparsityConfig, sequences: list[Sequence]) -> None:
-        self._cache, self._sparsity = cache, sparsity
-        device = cache.device
-        positions = [s.position for s in sequences]
-        width = max(positions, default=0) // PAGE_SIZE + 1
-        interval = sparsity.reselect_interval
-        reselect = [s.fresh or s.position % interval == 0 for s in sequences]
-        self._any_reselect = any(reselect)
-        retrieval = [s.retrieval_pages[:width] + [0] * (width - len(s.retrieval_pages)) for s in sequences]
-        streaming = torch.zeros(len(sequences), width, dtype=torch.int32)
-        if cache.page_format.num_streaming_slots:
-            for b, sequence in enumerate(sequences):
-                index = torch.tensor(list(sequence.streaming_pages), dtype=torch.int64)
-                streaming[b, index] = torch.tensor(list(sequence.streaming_pages.values()), dtype=torch.int32)
-        self.batch = DecodeBatch(
-            rows=torch.tensor([s.row for s in sequences], dtype=torch.int64, device=device),
-            positions=torch.tensor(positions, dtype=torch.int64, device=device),
-            retrieval_table=torch.tensor(retrieval, dtype=torch.int32, device=device).view(len(sequences), width),
-            streaming_table=streaming.to(device),
-            budget_pages=torch.tensor([budget_pages(s, sparsity) for s in sequences], dtype=torch.int32, device=device),
-            reselect=torch.tensor(reselect, dtype=torch.bool, device=device),
-            max_pages=width,
-        )
-        self._sealing = [s for s in sequences if s.position % PAGE_SIZE == PAGE_SIZE - 1]
+    def __init__(self, cache: KVCache, sparsity: SparsityConfig, batch: DecodeBatch, any_reselect: bool) -> None:
+        self._cache, self._sparsity, self._any_reselect = cache, sparsity, any_reselect
+        self.batch = batch
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """One layer: query [B, Hq, D], key and value [B, Hkv, D]; returns [B, Hq, D]."""
@@ -131,23 +110,22 @@ class DecodeStep:
             page_select(query, view, self.batch, selection, self._sparsity.candidate_factor, two_stage)
         return decode_attention(query, view, self.batch, selection)
 
-    def seal(self) -> None:
-        """After the last layer: writes the tails that are now full into their pages, all layers at once."""
-        if not self._sealing:
-            return
-        cache = self._cache
-        rows = torch.tensor([s.row for s in self._sealing], device=cache.device)
-        tail = cache.tail[rows].flatten(1, 2).permute(2, 0, 3, 1, 4)
-        for name, heads in cache.class_heads.items():
-            pool = cache.retrieval if name == "retrieval" else cache.streaming
-            if heads.numel():
-                ids = [
-                    s.retrieval_pages[s.own_page] if name == "retrieval" else s.streaming_pages[s.own_page]
-                    for s in self._sealing
-                ]
-                page_ids = torch.tensor(ids, dtype=torch.int64, device=cache.device)
-                slots = torch.arange(heads.numel(), device=cache.device)
-                write_pages(tail[0], tail[1], heads, pool, page_ids, slots, cache.page_format.layout)
+
+def seal_pages(cache: KVCache, sequences: list[Sequence]) -> None:
+    """After the last layer: writes the tails that the newest token filled into their pages, all layers at once."""
+    sealing = [s for s in sequences if s.position % PAGE_SIZE == PAGE_SIZE - 1]
+    if not sealing:
+        return
+    rows = torch.tensor([s.row for s in sealing], device=cache.device)
+    tail = cache.tail[rows].flatten(1, 2).permute(2, 0, 3, 1, 4)
+    for name, heads in cache.class_heads.items():
+        pool = cache.retrieval if name == "retrieval" else cache.streaming
+        if heads.numel():
+            tables = [s.retrieval_pages if name == "retrieval" else s.streaming_pages for s in sealing]
+            ids = [table[s.own_page] for table, s in zip(tables, sealing, strict=True)]
+            page_ids = torch.tensor(ids, dtype=torch.int64, device=cache.device)
+            slots = torch.arange(heads.numel(), device=cache.device)
+            write_pages(tail[0], tail[1], heads, pool, page_ids, slots, cache.page_format.layout)
 
 
 def budget_pages(sequence: Sequence, sparsity: SparsityConfig) -> int:

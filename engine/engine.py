@@ -60,7 +60,7 @@ class Engine:
             sparsity,
             sizes.retrieval_pages,
             sizes.streaming_pages,
-            sizes.rows,
+            sizes.rows + 1,  # the last one is the runner's
             config.device,
             loaded.model.dtype,
         )
@@ -91,7 +91,7 @@ class Engine:
             has_retrieval,
             has_streaming,
         )
-        self.runner = Runner(loaded.model, self.cache, sparsity)
+        self.runner = Runner(loaded.model, self.cache, sparsity, self.max_model_len)
         self._sparsity = sparsity
         self._density = AttentionDensity(
             self.page_format.num_retrieval_slots,
@@ -204,10 +204,10 @@ class Engine:
             waiting=len(queues.waiting) + len(queues.swapped),
             used_pages=self.retrieval_pool.num_held,
             total_pages=self.retrieval_pool.num_pages,
-            cached_pages=self.retrieval_pool.num_cached,
+            cached_pages=self.retrieval_pool.num_idle,
             used_streaming_pages=self.streaming_pool.num_held,
             total_streaming_pages=self.streaming_pool.num_pages,
-            cached_streaming_pages=self.streaming_pool.num_cached,
+            cached_streaming_pages=self.streaming_pool.num_idle,
             used_rows=self.row_pool.num_used,
             total_rows=self.row_pool.num_pages,
             leases=self.leases.num_held,

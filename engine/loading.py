@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import fingerprint
 from .config import EngineConfig, SparsityConfig
 from .head_profile import HeadProfile
 from .model import Model
 from .page_format import PageFormat, make_page_format
 from .tokenizer import Tokenizer
-from .checkpoint import fingerprint
 from .weights import load_model
 
 

@@ -75,10 +75,10 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """How full the engine is. Pages are retrieval pages, prefix cache excluded; running, waiting count sequences.
+    """How full the engine is. running, waiting: sequences. leases: alive ones.
 
-    used_streaming_pages, total_streaming_pages, cached_streaming_pages: the same of streaming pages. used_rows: tail
-    rows. leases: alive ones. All used_ counts and leases are zero when the worker is idle.
+    used_pages: retrieval pages that a request or lease holds. cached_pages: those that the prefix index alone holds.
+    The same of streaming pages and tail rows. All used_ counts and leases are zero when the worker is idle.
     """
 
     running: int

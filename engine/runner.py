@@ -2,18 +2,27 @@
 
 import torch
 
-from .attention import DecodeStep, PrefillStep
-from .config import SparsityConfig
+from .attention import DecodeStep, PrefillStep, seal_pages
+from .config import PAGE_SIZE, SparsityConfig
+from .decode_graphs import DecodeGraphs
+from .decode_inputs import pack, unpack
 from .kv_cache import KVCache
 from .model import Model
+from .page_tables import PageTables
 from .sequence import PrefillChunk, Sequence
 
 
 class Runner:
-    """Runs one model on one device over the pools of one cache."""
+    """Runs one model on one device over the pools of one cache. The cache's last tail row is the runner's own."""
 
-    def __init__(self, model: Model, cache: KVCache, sparsity: SparsityConfig) -> None:
+    def __init__(self, model: Model, cache: KVCache, sparsity: SparsityConfig, max_model_len: int) -> None:
         self.model, self._cache, self.sparsity = model, cache, sparsity
+        num_rows = cache.tail.shape[0]
+        self._tables = PageTables(cache, num_rows, max_model_len // PAGE_SIZE + 1)
+        self._spare_row = num_rows - 1
+        self._graphs: DecodeGraphs | None = None
+        if cache.device.type == "cuda":
+            self._graphs = DecodeGraphs(model, cache, self._tables, self._spare_row)
 
     @torch.inference_mode()
     def prefill(self, chunks: list[PrefillChunk]) -> torch.Tensor:
@@ -32,8 +41,13 @@ class Runner:
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence]) -> torch.Tensor:
         """Computes each sequence's newest token; returns float32 logits [sequences, vocabulary]."""
-        step = DecodeStep(self._cache, self.sparsity, sequences)
-        tokens = torch.tensor([s.token_ids[-1] for s in sequences], device=self._cache.device)
-        hidden = self.model.forward(tokens, step.batch.positions, step)
-        step.seal()
-        return self.model.logits(hidden)
+        self._tables.update(sequences)
+        if self._graphs is not None:
+            logits = self._graphs.run(sequences, self.sparsity)
+        else:
+            packed = pack(sequences, self.sparsity, len(sequences), self._spare_row)
+            tokens, batch = unpack(packed, self._tables, max(s.own_page for s in sequences) + 1)
+            attend = DecodeStep(self._cache, self.sparsity, batch, bool(batch.reselect.any()))
+            logits = self.model.logits(self.model.forward(tokens, batch.positions, attend))
+        seal_pages(self._cache, sequences)
+        return logits
