@@ -12,9 +12,10 @@ import itertools
 import json
 import multiprocessing
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -76,10 +77,22 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 15) -> float:
     return median(times[3:])
 
 
+def event_us(call: Callable[[], object], repeats: int = 9) -> float:
+    """Microseconds of one long call, between events: median of repeats."""
+    times = []
+    for _ in range(repeats + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return median(times[2:])
+
+
 def random_weight(form: str, num_columns: int, num_channels: int) -> Weight:
     """Random codes of a format; levels keep what they decode to within int8."""
     scale = torch.rand(num_columns, device="cuda") * 1e-3 + 1e-4
-    semaphores = torch.zeros(triton.cdiv(num_columns, 64), dtype=torch.int32, device="cuda")
     if form == "bf16":
         return torch.randn(num_columns, num_channels, device="cuda", dtype=torch.bfloat16)
     if form == "w4a8":
@@ -88,9 +101,9 @@ def random_weight(form: str, num_columns: int, num_channels: int) -> Weight:
         step = torch.randint(1, 9, (chunks, num_columns, 2), dtype=torch.uint8, device="cuda")
         minimum = torch.randint(-100, 0, (chunks, num_columns, 2), dtype=torch.int8, device="cuda").view(torch.uint8)
         levels = torch.stack((step, minimum), -1).view(chunks, num_columns, 4).view(torch.int32).squeeze(-1)
-        return W4Weight(codes, levels.contiguous(), scale, semaphores, num_channels)
+        return W4Weight(codes, levels.contiguous(), scale, num_channels)
     codes = torch.randint(-127, 128, (num_columns, num_channels), dtype=torch.int8, device="cuda")
-    return W8Weight(codes if form == "int8" else codes.float().to(torch.float8_e4m3fn), scale, semaphores)
+    return W8Weight(codes if form == "int8" else codes.float().to(torch.float8_e4m3fn), scale)
 
 
 def weight_bytes(weight: Weight) -> int:
@@ -116,7 +129,8 @@ def apply(x: QuantizedActivation | torch.Tensor, weight: Weight) -> torch.Tensor
 def ceilings() -> dict[str, float]:
     """Bytes per us of a device copy (read + written), operations per us of the matrix unit in each format."""
     halves = torch.randint(0, 256, (2, 1 << 30), dtype=torch.uint8, device="cuda")
-    found = {"copy": halves.nbytes / graph_us([lambda: halves[0].copy_(halves[1])] * 2)}
+    # outside a graph, where a copy is a kernel; a graph makes it a slower node of the copy engine
+    found = {"copy": halves.nbytes / event_us(lambda: halves[0].copy_(halves[1]))}
     size = 8192
     operations = 2 * size**3
     a, b = torch.randn(2, size, size, device="cuda", dtype=torch.bfloat16)
@@ -202,18 +216,41 @@ def decode_layers(copy: float, batches: Sequence[int]) -> list[Row]:
     return rows
 
 
+class Waiting:
+    """A kernel that is launched without programmatic overlap."""
+
+    def __init__(self, kernel: triton.runtime.JITFunction) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        return lambda *arguments, **options: self._kernel[grid](*arguments, **{**options, "launch_pdl": False})
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Inside, every linear layer waits for the kernel ahead of it to finish before it starts."""
+    names = ("w4a8_decode_kernel", "w8a8_decode_kernel")
+    kept = {name: getattr(gpu_linear, name) for name in names}
+    for name, kernel in kept.items():
+        setattr(gpu_linear, name, Waiting(kernel))
+    try:
+        yield
+    finally:
+        for name, kernel in kept.items():
+            setattr(gpu_linear, name, kernel)
+
+
 def overlap_gain(copy: float, batches: Sequence[int]) -> list[Row]:
     """The four W4A8 linears with every kernel waiting for the one ahead to finish."""
     layers = [{name: random_weight("w4a8", *shape) for name, shape in LAYER.items()} for _ in range(6)]
     num_bytes = sum(weight_bytes(weight) for weight in layers[0].values())
     rows = []
-    gpu_linear.can_overlap, kept = lambda device: False, gpu_linear.can_overlap
     for batch in batches:
         inputs = {width: random_activation(batch, width, "int8_sums") for width in (HIDDEN, FEED_FORWARD)}
         calls = [partial(apply, inputs[LAYER[name][1]], weight) for layer in layers for name, weight in layer.items()]
-        us = graph_us(calls) * len(LAYER)
+        with waiting():
+            us = graph_us(calls) * len(LAYER)
         rows.append(Row(f"w4a8 layer, batch {batch}, no overlap", us, num_bytes / copy, f"{num_bytes / 1e6:.1f} MB"))
-    gpu_linear.can_overlap = kept
     return rows
 
 
@@ -244,7 +281,9 @@ def prefill_layers(rates: dict[str, float], num_tokens: int) -> list[Row]:
         "128x256 3 stages": PrefillTiles(128, 256, 128, 8, 8, 3),
         "128x128": PrefillTiles(128, 128, 128, 8, 8, 4),
         "128x128 4 warps": PrefillTiles(128, 128, 128, 8, 4, 3),
-        "256x128": PrefillTiles(256, 128, 128, 8, 8, 4),
+        "128x128 4 warps 4 stages": PrefillTiles(128, 128, 128, 8, 4, 4),
+        "64x256": PrefillTiles(64, 256, 128, 8, 4, 3),
+        "64x128": PrefillTiles(64, 128, 128, 8, 4, 4),
     }
     rows = []
     for form in ("w4a8", "int8", "fp8"):
@@ -279,65 +318,87 @@ def prefill_layers(rates: dict[str, float], num_tokens: int) -> list[Row]:
     return rows
 
 
-def sweep_tiles(form: str, batch: int, num_chunks: int) -> list[DecodeTiles]:
-    """Tiles worth timing."""
-    block_m = min(max(triton.next_power_of_2(batch), 16 if form == "fp8" else 8), 64)
-    shapes = [(64, 4), (128, 4), (128, 8), (64, 2), (256, 8)] if block_m < 64 else [(64, 4), (128, 8)]
-    found = []
-    for (block_n, warps), parts, stages in itertools.product(shapes, (1, 2, 3, 4, 6, 8, 12, 16), (3, 4, 6)):
-        if parts <= num_chunks and triton.cdiv(num_chunks, triton.cdiv(num_chunks, parts)) == parts:
-            found.append(DecodeTiles(block_m, block_n, parts, warps, stages))
-    return found
+SHAPES = [
+    (16, 4, 4), (16, 8, 8), (16, 8, 4), (16, 16, 16), (32, 4, 4), (32, 8, 8), (32, 8, 4), (32, 4, 8), (32, 2, 4),
+    (64, 2, 4), (64, 4, 8), (64, 4, 4), (128, 2, 8), (128, 1, 4),
+]  # fmt: skip
+"""(columns, slots, warps) that are worth timing."""
+
+
+def sweep_tiles(batch: int, widest: int) -> list[DecodeTiles]:
+    """Tiles worth timing, without prefetch."""
+    block_m = min(max(triton.next_power_of_2(batch), 8), widest)
+    stages = (2, 3, 4, 6) if block_m < 32 else (2, 3)
+    return [DecodeTiles(block_m, *shape, count) for shape, count in itertools.product(SHAPES, stages)]
+
+
+def launcher(form: str) -> Callable[..., torch.Tensor]:
+    """The decode launch that takes tiles."""
+    return gpu_linear.launch_w4a8_decode if form == "w4a8" else gpu_linear.launch_w8a8_decode
 
 
 def warm(jobs: Sequence[tuple[str, int, DecodeTiles]]) -> None:
     """Compiles kernels into triton's cache (in a process of its own)."""
     for form, batch, tiles in jobs:
         weight, x = random_weight(form, 4096, 4096), random_activation(batch, 4096, FORM[form])
-        launch = gpu_linear.launch_w4a8_decode if form == "w4a8" else gpu_linear.launch_w8a8_decode
-        try:
-            launch(x, weight, None, torch.bfloat16, tiles)
-        except triton.runtime.errors.OutOfResources:
-            continue
+        with suppress(triton.runtime.errors.OutOfResources):
+            launcher(form)(x, weight, None, torch.bfloat16, tiles)
 
 
-def sweep(
-    copy: float, forms: Sequence[str], batches: Sequence[int], processes: int
-) -> dict[str, list[dict[str, object]]]:
-    """Every tile of every shape and batch; prints the best and what the launcher would choose."""
-    jobs = {}
-    for form, batch in itertools.product(forms, batches):
-        for tiles in sweep_tiles(form, batch, 16):
-            if tiles.parts in (1, 2):
-                jobs[form, batch, tiles] = None
-    listed = list(jobs)
+def sweep(copy: float, forms: Sequence[str], batches: Sequence[int], processes: int) -> dict[str, list[object]]:
+    """Every tile of every shape and batch, with and without overlap, then the best again with prefetch."""
+    results: dict[str, list[object]] = {}
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(warm, [listed[i::processes] for i in range(processes)]))
-    results: dict[str, list[dict[str, object]]] = {}
-    for form, (name, (n, k)) in itertools.product(forms, LAYER.items()):
-        per_weight = n * k // (2 if form == "w4a8" else 1)
-        weights = [random_weight(form, n, k) for _ in range(max(2, PAST_L2 // per_weight))]
-        num_chunks = k // (CHUNK if form == "w4a8" else gpu_linear.W8_BLOCK_K)
-        launch = gpu_linear.launch_w4a8_decode if form == "w4a8" else gpu_linear.launch_w8a8_decode
-        for batch in batches:
-            x = random_activation(batch, k, FORM[form])
-            timed = []
-            for tiles in sweep_tiles(form, batch, num_chunks):
-                calls = [partial(launch, x, w, None, torch.bfloat16, tiles) for w in weights]
-                try:
-                    timed.append((graph_us(calls, replays=5), tiles))
-                except triton.runtime.errors.OutOfResources:
-                    continue
-            timed.sort(key=lambda pair: pair[0])
-            chosen = gpu_linear.decode_tiles(batch, n, num_chunks, 132)
-            ours = next((us for us, tiles in timed if tiles == chosen), float("nan"))
-            floor = weight_bytes(weights[0]) / copy
-            key = f"{form} {name} batch {batch}"
-            results[key] = [{"us": us, **asdict(tiles)} for us, tiles in timed]
-            best = "; ".join(
-                f"{us:.2f} ({t.block_n} n, {t.parts} p, {t.num_warps} w, {t.stages} s)" for us, t in timed[:4]
-            )
-            print(f"{key:<26} floor {floor:5.2f} chosen {ours:6.2f} best {best}", flush=True)
+
+        def compile_all(jobs: Sequence[tuple[str, int, DecodeTiles]]) -> None:
+            list(pool.map(warm, [jobs[i::processes] for i in range(processes)]))
+
+        listed = [
+            (form, batch, tiles)
+            for form, batch in itertools.product(forms, batches)
+            for tiles in sweep_tiles(batch, 32 if form == "w4a8" else 64)
+        ]
+        compile_all(listed)
+        print(f"{len(listed)} variants compiled", flush=True)
+        timed: dict[tuple[str, str, int], list[tuple[float, DecodeTiles, bool]]] = {}
+        for phase in ("plain", "prefetch"):
+            if phase == "prefetch":
+                best = {key: [t for _, t, _ in sorted(rows, key=lambda r: r[0])[:6]] for key, rows in timed.items()}
+                again = {
+                    (form, batch, replace(tiles, prefetch=depth))
+                    for (form, _, batch), chosen in best.items()
+                    for tiles in chosen
+                    for depth in (4, 16)
+                }
+                compile_all(list(again))
+            for form, (name, (n, k)) in itertools.product(forms, LAYER.items()):
+                per_weight = n * k // (2 if form == "w4a8" else 1)
+                weights = [random_weight(form, n, k) for _ in range(max(2, PAST_L2 // per_weight))]
+                for batch in batches:
+                    x = random_activation(batch, k, FORM[form])
+                    rows = timed.setdefault((form, name, batch), [])
+                    if phase == "plain":
+                        tried = [
+                            (t, o) for t in sweep_tiles(batch, 32 if form == "w4a8" else 64) for o in (True, False)
+                        ]
+                    else:
+                        chosen = dict.fromkeys(best[form, name, batch])
+                        tried = [(replace(t, prefetch=depth), True) for t in chosen for depth in (4, 16)]
+                    for tiles, overlapped in tried:
+                        calls = [partial(launcher(form), x, w, None, torch.bfloat16, tiles) for w in weights]
+                        with suppress(triton.runtime.errors.OutOfResources), nullcontext() if overlapped else waiting():
+                            rows.append((graph_us(calls, replays=5), tiles, overlapped))
+    for (form, name, batch), rows in timed.items():
+        rows.sort(key=lambda row: row[0])
+        floor = weight_bytes(random_weight(form, *LAYER[name])) / copy
+        key = f"{form} {name} batch {batch}"
+        results[key] = [{"us": us, "overlap": overlapped, **asdict(tiles)} for us, tiles, overlapped in rows]
+        best_rows = "; ".join(
+            f"{us:.2f} (n{t.block_n} s{t.slots} w{t.num_warps} st{t.stages} pf{t.prefetch}{'' if o else ' off'})"
+            for us, t, o in rows[:5]
+        )
+        plain = next(us for us, t, o in rows if not o)
+        print(f"{key:<22} floor {floor:5.2f} best off {plain:.2f} best {best_rows}", flush=True)
     return results
 
 
@@ -358,7 +419,8 @@ def main() -> None:
     rows += decode_layers(rates["copy"], options.batches)
     rows += overlap_gain(rates["copy"], options.batches)
     rows += sampling(rates["copy"], options.batches)
-    rows += prefill_layers(rates, options.tokens)
+    for num_tokens in (256, 1024, options.tokens):
+        rows += prefill_layers(rates, num_tokens)
     about = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -20,12 +20,11 @@ CHUNK = 2 * GROUP
 class W8Weight:
     """weight[n, k] is codes[n, k] * scale[n].
 
-    codes: [N, K] int8 or float8_e4m3fn; scale: float32 [N]. semaphores: as in W4Weight.
+    codes: [N, K] int8 or float8_e4m3fn; scale: float32 [N].
     """
 
     codes: Tensor
     scale: Tensor
-    semaphores: Tensor
 
     @property
     def in_features(self) -> int:
@@ -49,14 +48,11 @@ class W4Weight:
     levels: int32 [C, N], from the low byte up: step (unsigned) and minimum (signed) of a chunk's first group, then of
         its second. code * step + minimum fits int8.
     scale: float32 [N].
-    semaphores: int32 [ceil(N / 64)] zeros, the count of finished parts per tile where a launch splits K; every launch
-        leaves zeros. Launches that share a weight must not overlap.
     """
 
     codes: Tensor
     levels: Tensor
     scale: Tensor
-    semaphores: Tensor
     in_features: int
 
     @property
@@ -74,7 +70,7 @@ def quantize_w8(weight: Tensor, dtype: torch.dtype) -> W8Weight:
     scale = weight.abs().amax(dim=1).clamp_(min=1e-10).div_(largest)
     codes = weight.div(scale[:, None])
     codes = codes.round_() if dtype == torch.int8 else codes
-    return W8Weight(codes.clamp_(-largest, largest).to(dtype).contiguous(), scale, _semaphores(weight))
+    return W8Weight(codes.clamp_(-largest, largest).to(dtype).contiguous(), scale)
 
 
 def quantize_w4(weight: Tensor) -> W4Weight:
@@ -97,9 +93,12 @@ def quantize_w4(weight: Tensor) -> W4Weight:
     levels = torch.stack((step.to(torch.uint8), minimum.to(torch.int8).view(torch.uint8)), dim=-1)
     return W4Weight(
         codes=(low | high << 4).transpose(0, 1).contiguous(),
-        levels=levels.view(num_rows, num_chunks, 4).view(torch.int32).squeeze(-1).t().clone(memory_format=torch.contiguous_format),
+        levels=levels.view(num_rows, num_chunks, 4)
+        .view(torch.int32)
+        .squeeze(-1)
+        .t()
+        .clone(memory_format=torch.contiguous_format),
         scale=scale,
-        semaphores=_semaphores(weight),
         in_features=in_features,
     )
 
@@ -111,7 +110,7 @@ def decode_w4(weight: W4Weight) -> W8Weight:
     levels = weight.levels.view(torch.uint8).view(num_chunks, num_rows, 2, 2)
     codes.mul_(levels[..., :1]).add_(levels[..., 1:].view(torch.int8))
     rows = codes.to(torch.int8).transpose(0, 1).reshape(num_rows, num_chunks * CHUNK)
-    return W8Weight(rows[:, : weight.in_features].contiguous(), weight.scale, weight.semaphores)
+    return W8Weight(rows[:, : weight.in_features].contiguous(), weight.scale)
 
 
 def _choose_levels(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +133,3 @@ def _choose_levels(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _encode(values: Tensor, step: Tensor, minimum: Tensor) -> Tensor:
     return values.sub(minimum).div_(step).round_().clamp_(0, W4_LEVELS)
-
-
-def _semaphores(weight: Tensor) -> Tensor:
-    return torch.zeros(-(-weight.shape[0] // 64), dtype=torch.int32, device=weight.device)

@@ -1,15 +1,15 @@
 """Linear layers for small batches: the weights are read once, and that is what takes the time.
 
-A program owns a tile of output channels, all tokens of the batch (or 64 of them) and one part of K. Where K has
-several parts, each leaves its sums in a workspace; the last to finish a tile adds them up in order and resets the
-tile's semaphore.
-Weights are the left operand of the matrix unit, whose tile is 16 or 64 rows high there; tokens are its narrow side.
+A program owns a block of output channels for all tokens of the batch (or BLOCK_M of them). Its warps share K between
+them: slot s takes every SLOTS-th chunk from the s-th on, as one batch of a batched matrix product, and the slots'
+sums are added at the end. So a program's loads are spread over K, and no two programs have to meet. Weights are the
+left operand, whose tile is 16 rows high in the matrix unit; tokens are its narrow side of 8.
 """
 
 import triton
 import triton.language as tl
 
-from .overlap import after_previous, let_next_start, prefetch_lines
+from .overlap import after_previous, let_next_start, prefetch_run
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 CHUNK = tl.constexpr(256)
@@ -41,126 +41,107 @@ def high_nibbles(packed):
 
 @triton.jit
 def _finish(
-    acc, tile, part, tokens, columns, num_tokens, num_columns, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr,
-    workspace_ptr, semaphores_ptr, num_parts,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    done = True
-    if SPLIT:
-        cells = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        shared = workspace_ptr + tile * num_parts * (BLOCK_M * BLOCK_N) + cells
-        tl.store(shared + part * (BLOCK_M * BLOCK_N), acc)
-        tl.debug_barrier()
-        done = tl.atomic_add(semaphores_ptr + tile, 1, sem="acq_rel") == num_parts - 1
-        if done:
-            acc = tl.zeros_like(acc)
-            for other in tl.range(0, num_parts):
-                acc += tl.load(shared + other * (BLOCK_M * BLOCK_N), cache_modifier=".cg")
-            tl.store(semaphores_ptr + tile, 0)
-    if done:
-        present = tokens < num_tokens
-        kept = columns < num_columns
-        out = acc.to(tl.float32) * tl.load(x_scale_ptr + tokens, mask=present, other=0.0)[None, :]
-        out = out * tl.load(w_scale_ptr + columns, mask=kept, other=0.0)[:, None]
-        if BIAS:
-            out += tl.load(bias_ptr + columns, mask=kept, other=0.0).to(tl.float32)[:, None]
-        target = out_ptr + tokens.to(tl.int64)[None, :] * num_columns + columns[:, None]
-        tl.store(target, out.to(out_ptr.dtype.element_ty), mask=kept[:, None] & present[None, :])
+    total, tokens, columns, num_tokens, num_columns, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, BIAS: tl.constexpr
+):
+    """Scales, bias and store of a tile's sums [BLOCK_N, BLOCK_M]."""
+    present = tokens < num_tokens
+    kept = columns < num_columns
+    out = total.to(tl.float32) * tl.load(x_scale_ptr + tokens, mask=present, other=0.0)[None, :]
+    out = out * tl.load(w_scale_ptr + columns, mask=kept, other=0.0)[:, None]
+    if BIAS:
+        out += tl.load(bias_ptr + columns, mask=kept, other=0.0).to(tl.float32)[:, None]
+    target = out_ptr + tokens.to(tl.int64)[None, :] * num_columns + columns[:, None]
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=kept[:, None] & present[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_groups", "num_chunks", "chunks_per_part"])
+@triton.jit(do_not_specialize=["num_tokens", "num_groups", "num_chunks"])
 def w4a8_decode_kernel(
     x_ptr, x_sums_ptr, x_scale_ptr, codes_ptr, levels_ptr, w_scale_ptr, bias_ptr, out_ptr,
-    workspace_ptr, semaphores_ptr, num_tokens, num_columns, num_channels, num_groups, num_chunks, chunks_per_part,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    num_tokens, num_columns, num_channels, num_groups, num_chunks,
+    BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    tile_n = tl.program_id(0)
-    part = tl.program_id(1)
-    tile_m = tl.program_id(2)
-    tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_column = tl.program_id(0) * BLOCK_N
+    columns = first_column + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, GROUP)
-    x_rows = x_ptr + tokens.to(tl.int64)[None, :] * num_channels + inner[:, None]
+    slots = tl.arange(0, SLOTS)
+    x_rows = x_ptr + (tokens.to(tl.int64) * num_channels)[None, None, :] + inner[None, :, None]
     present = tokens < num_tokens
-    codes_tile = codes_ptr + columns[:, None] * GROUP + inner[None, :]
     kept = columns < num_columns
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    first = part * chunks_per_part
     let_next_start(PDL)
-    if PDL:
-        real_columns = tl.minimum(columns, num_columns - 1)
-        for step in tl.range(0, tl.minimum(chunks_per_part, num_chunks - first)):
-            prefetch_lines(codes_ptr + ((first + step).to(tl.int64) * num_columns + real_columns) * GROUP)
+    if PREFETCH > 0:
+        for chunk in tl.range(0, tl.minimum(PREFETCH, num_chunks)):
+            prefetch_run(codes_ptr + (chunk.to(tl.int64) * num_columns + first_column) * GROUP, BLOCK_N * GROUP)
     after_previous(PDL)
-    for step in tl.range(0, tl.minimum(chunks_per_part, num_chunks - first), num_stages=STAGES):
-        chunk = first + step
-        base = chunk.to(tl.int64) * num_columns
-        if EVEN_N:
-            packed = tl.load(codes_tile + base * GROUP)
-            levels = tl.load(levels_ptr + base + columns)
+    acc = tl.zeros((SLOTS, BLOCK_N, BLOCK_M), tl.int32)
+    for step in tl.range(0, tl.cdiv(num_chunks, SLOTS), num_stages=STAGES):
+        chunks = step * SLOTS + slots
+        rows = (chunks.to(tl.int64) * num_columns)[:, None] + columns[None, :]
+        codes = codes_ptr + rows[:, :, None] * GROUP + inner[None, None, :]
+        sums = x_sums_ptr + (tokens * num_groups)[None, :] + 2 * chunks[:, None]
+        if EVEN_K & EVEN_N:
+            packed = tl.load(codes)
+            levels = tl.load(levels_ptr + rows)
         else:
-            packed = tl.load(codes_tile + base * GROUP, mask=kept[:, None], other=0)
-            levels = tl.load(levels_ptr + base + columns, mask=kept, other=0)
-        inside, inside_next = present[None, :], present[None, :]
+            real = (chunks < num_chunks)[:, None] & kept[None, :]
+            packed = tl.load(codes, mask=real[:, :, None], other=0)
+            levels = tl.load(levels_ptr + rows, mask=real, other=0)
+        low_inside = present[None, None, :]
+        high_inside = low_inside
+        sums_inside = present[None, :]
+        sums_next = sums_inside
         if not EVEN_K:
-            inside &= (chunk * CHUNK + inner < num_channels)[:, None]
-            inside_next &= (chunk * CHUNK + GROUP + inner < num_channels)[:, None]
-        x_low = tl.load(x_rows + chunk * CHUNK, mask=inside, other=0)
-        x_high = tl.load(x_rows + chunk * CHUNK + GROUP, mask=inside_next, other=0)
-        sums = x_sums_ptr + tokens * num_groups + 2 * chunk
-        sums_low = tl.load(sums, mask=present, other=0)
-        sums_high = tl.load(sums + 1, mask=present & (2 * chunk + 1 < num_groups), other=0)
+            channels = (chunks * CHUNK)[:, None, None] + inner[None, :, None]
+            low_inside &= channels < num_channels
+            high_inside &= channels + GROUP < num_channels
+            sums_inside &= 2 * chunks[:, None] < num_groups
+            sums_next &= 2 * chunks[:, None] + 1 < num_groups
+        x = x_rows + (chunks * CHUNK)[:, None, None]
+        x_low = tl.load(x, mask=low_inside, other=0)
+        x_high = tl.load(x + GROUP, mask=high_inside, other=0)
+        sums_low = tl.load(sums, mask=sums_inside, other=0)
+        sums_high = tl.load(sums + 1, mask=sums_next, other=0)
         low = tl.dot(low_nibbles(packed), x_low, out_dtype=tl.int32)
         high = tl.dot(high_nibbles(packed), x_high, out_dtype=tl.int32)
-        acc += low * (levels & 255)[:, None] + high * ((levels >> 16) & 255)[:, None]
-        acc += ((levels << 16) >> 24)[:, None] * sums_low[None, :] + (levels >> 24)[:, None] * sums_high[None, :]
-    _finish(
-        acc, tile_m * tl.num_programs(0) + tile_n, part, tokens, columns, num_tokens, num_columns, x_scale_ptr,
-        w_scale_ptr, bias_ptr, out_ptr, workspace_ptr, semaphores_ptr, tl.num_programs(1),
-        SPLIT, BIAS, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+        acc += low * (levels & 255)[:, :, None] + high * ((levels >> 16) & 255)[:, :, None]
+        acc += ((levels << 16) >> 24)[:, :, None] * sums_low[:, None, :]
+        acc += (levels >> 24)[:, :, None] * sums_high[:, None, :]
+    total = tl.sum(acc, axis=0)
+    _finish(total, tokens, columns, num_tokens, num_columns, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, BIAS)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_chunks", "chunks_per_part"])
+@triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
 def w8a8_decode_kernel(
-    x_ptr, x_scale_ptr, codes_ptr, w_scale_ptr, bias_ptr, out_ptr, workspace_ptr, semaphores_ptr,
-    num_tokens, num_columns, num_channels, num_chunks, chunks_per_part,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SUM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, x_scale_ptr, codes_ptr, w_scale_ptr, bias_ptr, out_ptr, num_tokens, num_columns, num_channels, num_chunks,
+    BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SUM: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    tile_n = tl.program_id(0)
-    part = tl.program_id(1)
-    tile_m = tl.program_id(2)
-    tokens = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
-    x_rows = x_ptr + tokens.to(tl.int64)[None, :] * num_channels + inner[:, None]
-    codes_tile = codes_ptr + columns.to(tl.int64)[:, None] * num_channels + inner[None, :]
+    slots = tl.arange(0, SLOTS)
+    x_rows = x_ptr + (tokens.to(tl.int64) * num_channels)[None, None, :] + inner[None, :, None]
+    code_rows = codes_ptr + (columns.to(tl.int64) * num_channels)[None, :, None] + inner[None, None, :]
     present = tokens < num_tokens
     kept = columns < num_columns
-    acc = tl.zeros((BLOCK_N, BLOCK_M), SUM)
-    first = part * chunks_per_part
     let_next_start(PDL)
-    if PDL:
-        real_columns = tl.minimum(columns, num_columns - 1)
-        for step in tl.range(0, tl.minimum(chunks_per_part, num_chunks - first)):
-            prefetch_lines(codes_ptr + real_columns.to(tl.int64) * num_channels + (first + step) * BLOCK_K)
+    if PREFETCH > 0:
+        prefetch_run(codes_ptr + tl.minimum(columns, num_columns - 1).to(tl.int64) * num_channels, PREFETCH * BLOCK_K)
     after_previous(PDL)
-    for chunk in tl.range(first, tl.minimum(first + chunks_per_part, num_chunks), num_stages=STAGES):
-        channel = chunk * BLOCK_K
-        inside = channel + inner < num_channels
-        if EVEN_N and EVEN_K:
-            codes = tl.load(codes_tile + channel)
+    acc = tl.zeros((SLOTS, BLOCK_N, BLOCK_M), SUM)
+    for step in tl.range(0, tl.cdiv(num_chunks, SLOTS), num_stages=STAGES):
+        channels = (step * SLOTS + slots) * BLOCK_K
+        if EVEN_K & EVEN_N:
+            codes = tl.load(code_rows + channels[:, None, None])
         else:
-            codes = tl.load(codes_tile + channel, mask=kept[:, None] & inside[None, :], other=0.0)
-        if EVEN_K:
-            x = tl.load(x_rows + channel, mask=present[None, :], other=0.0)
-        else:
-            x = tl.load(x_rows + channel, mask=present[None, :] & inside[:, None], other=0.0)
-        acc = tl.dot(codes, x, acc=acc, out_dtype=SUM, max_num_imprecise_acc=BLOCK_K)
-    _finish(
-        acc, tile_m * tl.num_programs(0) + tile_n, part, tokens, columns, num_tokens, num_columns, x_scale_ptr,
-        w_scale_ptr, bias_ptr, out_ptr, workspace_ptr, semaphores_ptr, tl.num_programs(1),
-        SPLIT, BIAS, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+            inside = (channels[:, None] + inner[None, :] < num_channels)[:, None, :]
+            codes = tl.load(code_rows + channels[:, None, None], mask=inside & kept[None, :, None], other=0.0)
+        x_inside = present[None, None, :]
+        if not EVEN_K:
+            x_inside &= (channels[:, None] + inner[None, :] < num_channels)[:, :, None]
+        x = tl.load(x_rows + channels[:, None, None], mask=x_inside, other=0.0)
+        acc = tl.dot(codes, x, acc=acc, out_dtype=SUM)
+    total = tl.sum(acc, axis=0)
+    _finish(total, tokens, columns, num_tokens, num_columns, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, BIAS)

@@ -36,8 +36,9 @@ def after_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch_lines(pointers):
-    """Asks for the 128-byte line behind each pointer to be brought into the L2."""
+def prefetch_run(pointers, NUM_BYTES: tl.constexpr):
+    """Asks for NUM_BYTES (a multiple of 16) from each pointer on to be brought into the L2. Hopper on."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r", [pointers, NUM_BYTES], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Sampling on a GPU without a sort: thresholds are found by a 64-way search over the bits of a distance.
+"""Sampling on a GPU without a sort: thresholds are found by a 16-way search over the bits of a distance.
 
 A row's vocabulary is split over programs. `distance` is how far below the row's best logit a token lies, in units of
-its temperature; non-negative floats order as their bits do, so five passes of 64 thresholds find the last kept one
+its temperature; non-negative floats order as their bits do, so seven passes of 16 thresholds find the last kept one
 exactly. Each pass leaves, per program and threshold, the count (top_k) or mass (top_p) within it; every program of the
 next pass adds them up, and so knows the bracket that is left.
 """
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from .overlap import after_previous, can_overlap, let_next_start
 
-WAYS = tl.constexpr(64)
-PASSES = tl.constexpr(5)
-# distances below 2^-100 count as none; past 128 a weight is zero in float32
-LOWEST = tl.constexpr(27 << 23)
+WAYS = tl.constexpr(16)
+PASSES = tl.constexpr(7)
+# distances up to 2^-25 count as none, their weight being 1 in float32; past 128 it is 0. Between lie 16^7 numbers
+LOWEST = tl.constexpr((102 << 23) + 1)
 HIGHEST = tl.constexpr(0x43000000)
 INFINITE = tl.constexpr(0x7F800000)
-BLOCK = tl.constexpr(512)
+BLOCK = tl.constexpr(1024)
 # values compared with all thresholds at once: few registers on a card, few steps in the interpreter
-SLICE = tl.constexpr(1024 if triton.knobs.runtime.interpret else 128)
+SLICE = tl.constexpr(1024 if triton.knobs.runtime.interpret else 256)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def search_kernel(
             peak = _peak(peaks_ptr, row, PARTS)
             ways = tl.arange(0, WAYS)
             thresholds = tl.minimum(low + (ways + 1) * _span(low, high), high)
-            reached = tl.zeros((WAYS,), tl.float64)
+            within = tl.zeros((WAYS, SLICE), tl.float32)
             first = part * part_size
             last = tl.minimum(first + part_size, vocab_size)
             for start in tl.range(0, part_size, SLICE):
@@ -138,8 +138,8 @@ def search_kernel(
                 distance = _distance(logits_ptr + row * logits_stride, tokens, last, peak, heat)
                 bits = _bits(distance)
                 weight = tl.where((bits <= limit) & (tokens < last), tl.exp(-distance) if MASS else 1.0, 0.0)
-                within = tl.where(bits[None, :] <= thresholds[:, None], weight[None, :], 0.0)
-                reached += tl.sum(within, axis=1).to(tl.float64)
+                within += tl.where(bits[None, :] <= thresholds[:, None], weight[None, :], 0.0)
+            reached = tl.sum(within.to(tl.float64), axis=1)
             tl.store(partials_ptr + ((step * num_rows + row) * PARTS + part) * WAYS + ways, reached)
     else:
         if (step == PASSES) & (part == 0):
@@ -255,7 +255,7 @@ def sample(
     if num_rows == 0:
         return out
     overlap = can_overlap(device)
-    parts = min(32, triton.next_power_of_2(triton.cdiv(vocab_size, 2 * BLOCK.value)))
+    parts = min(64, triton.next_power_of_2(triton.cdiv(vocab_size, BLOCK.value)))
     part_size = triton.cdiv(triton.cdiv(vocab_size, parts), BLOCK.value) * BLOCK.value
     launch = {"PARTS": parts, "PDL": overlap, "launch_pdl": overlap, "num_warps": 4}
     grid = (num_rows, parts)
