@@ -105,6 +105,12 @@ def test_a_client_that_leaves_ends_the_work_within_a_second(url: str) -> None:
     eventually(lambda: sum(running()) == 0, 1)
 
 
+def test_a_client_that_leaves_without_streaming_ends_the_work_too(url: str) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/chat/completions", json={**CHAT, "max_tokens": 5000}, timeout=0.3)
+    eventually(lambda: sum(running()) == 0, 1)
+
+
 def test_a_worker_killed_in_mid_stream_goes_unnoticed(url: str) -> None:
     body = {"model": "stub", "prompt": "x", "max_tokens": 104, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
