@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lserve.kernels.activation import silu_mul, silu_mul_quantize
 from lserve.kernels.activation_format import ActivationFormat, QuantizedActivation, quantize_activation
-from lserve.kernels.linear import linear_w4a8, linear_w8a8
+from lserve.kernels.linear import linear, linear_w4a8, linear_w8a8
 from lserve.kernels.norm import add_rms_norm, add_rms_norm_quantize, rms_norm, rms_norm_quantize
 from lserve.kernels.weight_format import W4Weight, W8Weight, decode_w4, quantize_w4, quantize_w8
 
@@ -59,7 +59,7 @@ class NativeLinear:
     def __call__(self, x: Activation) -> Tensor:
         """x: [T, K] floats (anything else is our own bug); returns [T, N]."""
         assert isinstance(x, Tensor)
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)

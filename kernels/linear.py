@@ -1,4 +1,4 @@
-"""Linear layers on quantized activations and weights: W8A8 (int8 or fp8) and W4A8.
+"""Linear layers: floats, and quantized activations and weights: W8A8 (int8 or fp8) and W4A8.
 
 int8 and 4-bit products are summed in int32, exactly, so a token's result does not depend on the batch it is in."""
 
@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from .activation_format import CODE_DTYPE, QuantizedActivation
+from .cpu.dense_linear import dense_linear
 from .weight_format import W4Weight, W8Weight, decode_w4
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias in the operands' float dtype: x [T, K], weight [N, K], bias [N] or None; returns [T, N]."""
+    if x.is_cuda:
+        return torch.nn.functional.linear(x, weight, bias)
+    return dense_linear(x, weight, bias)
 
 
 def linear_w8a8(x: QuantizedActivation, weight: W8Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
