@@ -13,17 +13,20 @@ from .settings import Settings, WorkerResources, load_settings
 UNLIMITED = 100_000
 """Serve's own limits stay out of the way: the router admits, and engines say when they are full."""
 
+DRAIN_CHECK_S = 0.2
+"""How often a replica that is shut down looks whether its calls have ended."""
+
 
 def build(args: Mapping[str, Any]) -> serve.Application:
     """The application from an `args:` block. Raises SettingsError."""
-    from .decode_worker import DecodeWorker
-    from .prefill_worker import PrefillWorker
+    from .decode_worker import DecodeDeployment
+    from .prefill_worker import PrefillDeployment
 
     settings = load_settings(args)
     prefill = None
     if settings.prefill.replicas:
-        prefill = worker(PrefillWorker, settings.prefill).bind(settings)
-    decode = worker(DecodeWorker, settings.decode).bind(settings, prefill)
+        prefill = worker(PrefillDeployment, settings.prefill).options(name="PrefillWorker").bind(settings)
+    decode = worker(DecodeDeployment, settings.decode).options(name="DecodeWorker").bind(settings, prefill)
     return bind_router(settings, decode)
 
 
@@ -44,4 +47,6 @@ def _deployment(kind: type, role: WorkerResources) -> serve.Deployment:
         num_replicas=role.replicas,
         ray_actor_options={"num_cpus": role.num_cpus, "num_gpus": role.num_gpus, "resources": dict(role.resources)},
         max_ongoing_requests=UNLIMITED,
+        graceful_shutdown_timeout_s=role.drain_s,
+        graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
     )

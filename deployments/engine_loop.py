@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import TypeVar, cast
 
 from lserve.engine.engine import Engine
-from lserve.engine.errors import LServeError, WorkerLostError
+from lserve.engine.errors import InvalidRequestError, LServeError, WorkerLostError
 from lserve.engine.request import Output
 from lserve.engine.results import ChunkReady, Reservation, StepResult
 
@@ -43,19 +43,30 @@ class EngineLoop:
         """Runs a command on the engine's thread, between steps, and returns what it returns (or raises what it
         raises).
         """
-        future: Future[object] = Future()
+        future: Future[T] = Future()
         with self._wake:
             if self.failure is not None or self._stopping:
                 raise WorkerLostError("the engine of this worker has stopped")
-            self._commands.append((command, future))
+            self._commands.append((command, cast("Future[object]", future)))
             self._wake.notify()
-        return await asyncio.wrap_future(future)  # type: ignore[return-value]
+        return await asyncio.wrap_future(future)
 
     def subscribe(self, request_id: str) -> "Subscription":
-        """What the engine says about a request from now on; close it when done."""
+        """What the engine says about a request from now on; close it when done. Raises InvalidRequestError when
+        somebody listens to that request already.
+        """
+        if request_id in self._subscribers:
+            raise InvalidRequestError(f"request id {request_id!r} is in use")
         subscription = Subscription(lambda: self._subscribers.pop(request_id, None))
         self._subscribers[request_id] = subscription
         return subscription
+
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """Runs a callback on the event loop; for the engine's thread. Nothing happens once the loop is closed."""
+        try:
+            self._loop.call_soon_threadsafe(callback)
+        except RuntimeError:
+            logger.debug("the event loop is closed; nobody listens to the engine any more")
 
     def stop(self) -> None:
         """Ends the thread after the step in progress; commands that still wait fail."""
@@ -65,6 +76,7 @@ class EngineLoop:
         self._thread.join()
 
     def _run(self) -> None:
+        commands: list[tuple[Callable[[Engine], object], Future[object]]] = []
         try:
             while True:
                 with self._wake:
@@ -95,7 +107,7 @@ class EngineLoop:
         for _, future in commands:
             if not future.done():
                 future.set_exception(lost)
-        self._call_soon(lambda: [subscription.put(lost) for subscription in self._subscribers.values()])
+        self.call_soon(lambda: self._deliver({request_id: [lost] for request_id in self._subscribers}))
 
     def _pause(self) -> None:
         """Nothing could run: waits for a command, or a little for pages that leases and others give back."""
@@ -125,7 +137,7 @@ class EngineLoop:
         for request_id, error in result.errors:
             events[request_id].append(error)
         if events:
-            self._call_soon(lambda: self._deliver(events))
+            self.call_soon(lambda: self._deliver(events))
 
     def _deliver(self, events: dict[str, list[Event]]) -> None:
         for request_id, batch in events.items():
@@ -134,12 +146,6 @@ class EngineLoop:
                 for event in batch:
                     subscription.put(event)
 
-    def _call_soon(self, callback: Callable[[], object]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(callback)
-        except RuntimeError:
-            logger.debug("the event loop is closed; nobody listens to the engine any more")
-
 
 class Subscription:
     """The events of one request, in order. Outputs that waited are merged: a slow reader gets several tokens at
@@ -147,9 +153,16 @@ class Subscription:
     """
 
     def __init__(self, close: Callable[[], object]) -> None:
-        self.close = close
+        self._close = close
         self._events: deque[Event] = deque()
         self._ready = asyncio.Event()
+
+    def close(self) -> list[Event]:
+        """Ends the subscription; returns the events that nobody took."""
+        self._close()
+        left = list(self._events)
+        self._events.clear()
+        return left
 
     def put(self, event: Event) -> None:
         """Adds an event; on the event loop's thread."""
@@ -168,9 +181,14 @@ class Subscription:
             event = event + cast(list[Output], self._events.popleft())
         return event
 
-    async def reservation(self) -> Reservation:
-        """Waits until the request's pages are reserved."""
+    async def reservation(self) -> Reservation | None:
+        """Waits until the request's pages are reserved; None when it was done before (a replay of a finished answer),
+        and then its output waits.
+        """
         event = await self.next()
+        if isinstance(event, list):
+            self._events.appendleft(event)
+            return None
         assert isinstance(event, Reservation), event
         return event
 

@@ -1,29 +1,36 @@
 """The prefill worker: computes prompts and announces their pages, chunk by chunk, under leases."""
 
+import asyncio
 import secrets
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
-from ray import serve
+from lserve.engine.request import Request
+from lserve.engine.results import ChunkReady, EngineLoad
 
-from lserve.engine.errors import WorkerLostError
-from lserve.engine.results import ChunkReady
-
+from .engine_loop import Subscription
 from .messages import LeaseCall, PrefillRequest, PrefillStarted, WorkerInfo
+from .metrics import Metrics, ServeInstrument
 from .routing import own_worker_id
 from .settings import Settings
 from .worker import Worker
 
+LEASE_CHECK_S = 0.5
+"""How often a worker looks whether leases have run out that nobody released."""
+
 
 class PrefillWorker:
-    """Ray Serve deployment class; bound in `app.py`."""
+    """Computes prompts for decode workers."""
 
-    async def __init__(self, settings: Settings) -> None:
-        self._worker = Worker(settings, "prefill", own_worker_id())
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._ended = asyncio.Condition()
 
     async def prefill(self, message: PrefillRequest) -> AsyncIterator[PrefillStarted | ChunkReady]:
-        """Who this is, then every chunk as it is done. Closing the iterator drops the request; granted leases live
-        on.
+        """Who this is, then every chunk as it is done; ends with their leases, so that a drain waits for them.
+
+        Closing the iterator before drops the request and its leases: what is being read then does not count.
         """
         worker = self._worker
         # A retry may come while the first try is still being dropped here.
@@ -31,34 +38,41 @@ class PrefillWorker:
         assert worker.transfer is not None
         yield PrefillStarted(worker.worker_id, worker.transfer.metadata())
         events = worker.loop.subscribe(request.request_id)
-        finished = False
-        hold = worker.store is not None and message.known_tokens > 0
+        leases: list[tuple[int, int]] = []
+        done = False
         try:
-            await worker.loop.call(
-                lambda e: e.add_request(request, prefill_only=True, hold=hold, have_tokens=message.have_tokens)
-            )
-            if hold:
-                reservation = await events.reservation()
-                cached = await worker.fetch_prefix(reservation, message.known_tokens)
-                await worker.loop.call(lambda e: e.begin_prefill(request.request_id, cached))
-            while not finished:
+            started = await self._start(request, message, events)
+            while True:
                 chunk = await events.next()
                 assert isinstance(chunk, ChunkReady), chunk
-                finished = chunk.last
+                leases.append((chunk.lease_id, chunk.generation))
                 yield chunk
+                if chunk.last:
+                    break
+            worker.metrics.prefill.record(time.monotonic() - started)
+            await self._until_ended(leases)
+            done = True
         finally:
-            events.close()
-            if not finished:
-                worker.spawn(worker.loop.call(lambda e: e.abort(request.request_id)))
+            if done:
+                events.close()
+            else:
+                worker.spawn(self._drop(request.request_id, events, leases))
 
     async def release(self, call: LeaseCall) -> list[str]:
         """`held` or `gone` for each lease; only what was pulled under a lease that was still held counts."""
-        return await self._worker.loop.call(lambda e: [e.leases.release(*lease) for lease in call.leases])
+        states = await self._worker.loop.call(lambda e: [e.leases.release(*lease) for lease in call.leases])
+        async with self._ended:
+            self._ended.notify_all()
+        return list(states)
 
     async def extend(self, call: LeaseCall) -> list[str]:
         """`held` or `gone` for each lease, which from now on lives its whole time again."""
         ttl_s = self._worker.settings.prefill.lease_s
         return await self._worker.loop.call(lambda e: [e.leases.extend(*lease, ttl_s) for lease in call.leases])
+
+    async def counts(self) -> EngineLoad:
+        """Everything that this worker holds."""
+        return await self._worker.load()
 
     async def info(self) -> WorkerInfo:
         """What does not change while this worker lives."""
@@ -66,11 +80,52 @@ class PrefillWorker:
 
     def check_health(self) -> None:
         """Raises when the engine's thread has failed, so that Serve replaces this replica."""
-        if self._worker.loop.failure is not None:
-            raise WorkerLostError(f"the engine failed: {self._worker.loop.failure}")
+        self._worker.check_health()
 
-    async def __del__(self) -> None:
+    async def close(self) -> None:
+        """Drains and stops."""
         await self._worker.close()
 
+    async def _start(self, request: Request, message: PrefillRequest, events: Subscription) -> float:
+        """Queues the request and gets it going; returns when its prefill began, in monotonic seconds."""
+        worker, asked = self._worker, time.monotonic()
+        hold = worker.store is not None and message.known_tokens > message.have_tokens
+        await worker.loop.call(
+            lambda e: e.add_request(request, prefill_only=True, hold=hold, have_tokens=message.have_tokens)
+        )
+        reservation = await events.reservation()
+        assert reservation is not None
+        started = time.monotonic()
+        worker.metrics.queue.record(started - asked)
+        own = cached = reservation.num_cached_tokens
+        if hold:
+            cached = await worker.fetch_prefix(reservation, message.known_tokens)
+            await worker.loop.call(lambda e: e.begin_prefill(request.request_id, cached))
+        worker.count_prefix(len(request.input_token_ids), own, cached)
+        return started
 
-prefill_deployment = serve.deployment(PrefillWorker)
+    async def _until_ended(self, leases: Sequence[tuple[int, int]]) -> None:
+        """Waits until every one of these leases was released or has run out."""
+        while await self._worker.loop.call(lambda e: any(e.leases.is_alive(*lease) for lease in leases)):
+            async with self._ended:
+                try:
+                    await asyncio.wait_for(self._ended.wait(), LEASE_CHECK_S)
+                except TimeoutError:
+                    continue
+
+    async def _drop(self, request_id: str, events: Subscription, leases: list[tuple[int, int]]) -> None:
+        """Ends a request and its leases, those of chunks that nobody has heard of too."""
+        loop = self._worker.loop
+        await loop.call(lambda e: e.abort(request_id))
+        leases += [(event.lease_id, event.generation) for event in events.close() if isinstance(event, ChunkReady)]
+        await loop.call(lambda e: [e.leases.release(*lease) for lease in leases])
+
+
+class PrefillDeployment(PrefillWorker):
+    """The Ray Serve deployment; bound in `app.py`."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(Worker(settings, "prefill", own_worker_id(), Metrics(ServeInstrument)))
+
+    async def __del__(self) -> None:
+        await self.close()

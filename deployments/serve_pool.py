@@ -7,16 +7,16 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import cast
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.exceptions import RayError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from lserve.engine.config import PAGE_SIZE
-from lserve.engine.errors import CapacityError, LServeError, WorkerLostError
+from lserve.engine.errors import WorkerLostError
 from lserve.engine.request import Output, Request
 
 from .messages import PrefixHint, WorkerInfo, WorkerLoad
-from .pool import WorkerGoneError
+from .serve_errors import SERVE_ERRORS, translated
 
 BUSY_POLL_S, IDLE_POLL_S = 0.25, 2.0
 ANSWER_TIMEOUT_S = 2.0
@@ -48,9 +48,9 @@ class ServePool:
             async for outputs in response:
                 yield outputs
             finished = True
-        except (RayError, BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError) as error:
+        except SERVE_ERRORS as error:
             finished = True
-            raise _translated(error) from error
+            raise translated(error) from error
         finally:
             if not finished:
                 response.cancel()  # type: ignore[no-untyped-call]
@@ -59,12 +59,12 @@ class ServePool:
         """Of any worker, asked once."""
         if self._info is None:
             try:
-                self._info = await asyncio.wait_for(self._handle.info.remote(), INFO_TIMEOUT_S)
+                info: WorkerInfo = await asyncio.wait_for(self._handle.info.remote(), INFO_TIMEOUT_S)
             except TimeoutError:
                 raise WorkerLostError("no decode worker answers") from None
             except (RayError, DeploymentUnavailableError) as error:
-                raise _translated(error) from error
-            self._polling = asyncio.create_task(self._poll())
+                raise translated(error) from error
+            self._info, self._polling = info, asyncio.create_task(self._poll())
         return self._info
 
     async def ready(self) -> bool:
@@ -95,18 +95,3 @@ class ServePool:
         except Exception as error:
             logger.warning("no decode worker answers to %s: %s", method, error)
             return []
-
-
-def _translated(error: Exception) -> LServeError:
-    """What a failed call means: the worker's own error, or the loss of the worker."""
-    if isinstance(error, RayTaskError):
-        cause = error.cause
-        if isinstance(cause, LServeError):
-            return cause
-        if not isinstance(cause, RayActorError):
-            return LServeError(f"a worker failed: {type(cause).__name__}")
-    if isinstance(error, BackPressureError):
-        return CapacityError("every worker's queue is full")
-    if isinstance(error, DeploymentUnavailableError):
-        return WorkerLostError("no decode worker is running")
-    return WorkerGoneError("the decode worker was lost")

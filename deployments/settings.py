@@ -35,12 +35,16 @@ class ModelSettings(_Section):
 
 
 class WorkerResources(_Section):
-    """How many replicas of a role, and what Ray reserves for each. resources: custom ones, such as a node type's."""
+    """How many replicas of a role, and what Ray reserves for each. resources: custom ones, such as a node type's.
+
+    drain_s: the longest that a replica which is shut down goes on with its requests and leases.
+    """
 
     replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
     resources: dict[str, float] = {}
+    drain_s: float = Field(default=30.0, ge=0)
 
 
 class PrefillSettings(WorkerResources):

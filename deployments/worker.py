@@ -1,7 +1,8 @@
-"""What prefill and decode workers share: an engine on its own thread, NIXL, and the prefix pages in Redis."""
+"""What prefill and decode workers share: an engine on its own thread, NIXL, the prefix pages in Redis, and metrics."""
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -9,32 +10,47 @@ import torch
 
 from lserve.engine.config import PAGE_SIZE, RESUME_INTERVAL
 from lserve.engine.engine import Engine
-from lserve.engine.loading import load
+from lserve.engine.errors import CapacityError, WorkerLostError
+from lserve.engine.loading import LoadedModel, load
 from lserve.engine.prefix_store import PrefixStore
-from lserve.engine.results import Reservation, StepResult, WrittenPages
+from lserve.engine.results import EngineLoad, Reservation, StepResult, WrittenPages
 from lserve.engine.sealed_page import PageKey
 from lserve.engine.transfer import Transfer
 
 from .directory import Directory
 from .engine_loop import EngineLoop
 from .messages import WorkerInfo
-from .settings import Role, Settings, secret
+from .metrics import Metrics
+from .settings import Role, Settings, cluster_secret, secret
 
 logger = logging.getLogger(__name__)
 
+REPORT_INTERVAL_S = 1.0
+
 
 class Worker:
-    """One engine and its connections. Create it inside a running event loop."""
+    """One engine and its connections. Create it inside a running event loop.
 
-    def __init__(self, settings: Settings, role: Role, worker_id: str) -> None:
+    metrics: where to count; None keeps the counts in memory. loaded: the model, where the process has it already.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        role: Role,
+        worker_id: str,
+        metrics: Metrics | None = None,
+        loaded: LoadedModel | None = None,
+    ) -> None:
         self.settings, self.role, self.worker_id = settings, role, worker_id
+        self.metrics = metrics or Metrics()
         config = settings.engine_config(role)
+        resources = settings.prefill if role == "prefill" else settings.decode
+        self._drain_s = resources.drain_s
         if config.device == "cpu":
-            torch.set_num_threads(
-                max(1, int(settings.prefill.num_cpus if role == "prefill" else settings.decode.num_cpus))
-            )
-        cluster_secret = (secret(settings.redis.secret_env) or "").encode()
-        self.engine = Engine(config, load(config), cluster_secret, lease_ttl_s=settings.prefill.lease_s)
+            torch.set_num_threads(max(1, int(resources.num_cpus)))
+        key = cluster_secret(settings)
+        self.engine = Engine(config, loaded or load(config), key, lease_ttl_s=settings.prefill.lease_s)
         self.format_id = self.engine.page_format.format_id
         self.transfer: Transfer | None = None
         if settings.prefill.replicas:
@@ -44,23 +60,33 @@ class Worker:
         if settings.redis.url is not None and config.cache.prefix_cache:
             redis = settings.redis
             self.store = PrefixStore(
-                redis.url or "",
-                cluster_secret,
+                settings.redis.url,
+                key,
                 self.format_id,
                 password=secret(redis.password_env),
                 ttl_s=redis.ttl_s,
                 timeout_s=redis.timeout_s,
                 max_pending_bytes=redis.max_pending_bytes,
             )
-            self.directory = Directory.from_settings(settings, cluster_secret)
+            self.directory = Directory.from_settings(settings, key)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._event_loop = asyncio.get_running_loop()
         self.loop = EngineLoop(self.engine, self._after_step)
+        self._reporting = asyncio.create_task(self._report())
 
     @property
     def info(self) -> WorkerInfo:
         """What does not change while the worker lives."""
         return WorkerInfo(self.worker_id, self.format_id, self.engine.max_model_len)
+
+    async def load(self) -> EngineLoad:
+        """How full the engine is."""
+        return await self.loop.call(lambda e: e.load())
+
+    def check_health(self) -> None:
+        """Raises WorkerLostError when the engine's thread has failed."""
+        if self.loop.failure is not None:
+            raise WorkerLostError(f"the engine failed: {self.loop.failure!r}")
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Runs background work to its end, whatever happens to the caller; failures are logged."""
@@ -72,53 +98,106 @@ class Worker:
         """Fills a held request's pages from Redis as far as they are there; returns the tokens that are then cached.
 
         known_tokens: the resume point that the directory named. Anything missing or not authentic ends the hit at the
-        resume point before it. What the pages hold past the returned length is undefined.
+        resume point before it. What the retrieval pages hold past the returned length is undefined.
         """
-        cached = reservation.num_cached_tokens
-        if self.store is None or known_tokens <= cached:
+        chain, cached = reservation.chain, reservation.num_cached_tokens
+        reach = min(known_tokens, len(chain) * PAGE_SIZE)
+        if self.store is None or reach <= cached:
             return cached
-        chain, format_ = reservation.chain, self.engine.page_format
-        if format_.num_retrieval_slots:
-            indices = range(cached // PAGE_SIZE, min(known_tokens // PAGE_SIZE, len(chain)))
+        page_format = self.engine.page_format
+        if page_format.num_retrieval_slots:
+            indices = range(cached // PAGE_SIZE, reach // PAGE_SIZE)
             pages = await self.store.get_pages([PageKey(chain[i], "retrieval") for i in indices])
-            reached = (indices.start + len(pages)) * PAGE_SIZE
-            known_tokens = known_tokens if reached >= known_tokens else reached // RESUME_INTERVAL * RESUME_INTERVAL
-            if known_tokens <= cached:
+            found = cached + len(pages) * PAGE_SIZE
+            reach = reach if found >= reach else found // RESUME_INTERVAL * RESUME_INTERVAL
+            if reach <= cached:
                 return cached
-            count = known_tokens // PAGE_SIZE - indices.start
-            targets = [reservation.retrieval_pages[i] for i in indices[:count]]
-            await self._fill("retrieval", targets, pages[:count])
-        if format_.num_streaming_slots:
-            window = await self.loop.call(lambda e: e.reserve_window(reservation.request_id, known_tokens))
-            have = range(cached // PAGE_SIZE)
-            lacking = [i for i in window if i not in have or i not in reservation.streaming_pages]
-            pages = await self.store.get_pages([PageKey(chain[i], "streaming") for i in lacking])
-            if len(pages) < len(lacking):
-                return cached
-            await self._fill("streaming", [window[i] for i in lacking], pages)
-        return known_tokens
+            count = reach // PAGE_SIZE - indices.start
+            await self._fill("retrieval", [reservation.retrieval_pages[i] for i in indices[:count]], pages[:count])
+        if page_format.num_streaming_slots and not await self._fetch_window(reservation, reach):
+            return cached
+        return reach
+
+    async def _fetch_window(self, reservation: Reservation, num_tokens: int) -> bool:
+        """The streaming pages that are needed to go on from num_tokens; False when they are not all to be had.
+
+        They are reserved only once their bytes are here: whatever a sequence holds may go into the prefix index.
+        """
+        assert self.store is not None
+        first = reservation.num_cached_tokens // PAGE_SIZE
+        window = self.engine.residency.streaming_pages_to_resume(num_tokens)
+        lacking = [i for i in window if i >= first or i not in reservation.streaming_pages]
+        pages = await self.store.get_pages([PageKey(reservation.chain[i], "streaming") for i in lacking])
+        if len(pages) < len(lacking):
+            return False
+        data = _tensor(pages)
+
+        def reserve_and_write(engine: Engine) -> None:
+            own = engine.reserve_window(reservation.request_id, num_tokens)
+            if lacking:
+                engine.cache.restore("streaming", [own[i] for i in lacking], data)
+
+        try:
+            await self.loop.call(reserve_and_write)
+        except CapacityError:
+            return False
+        return True
 
     async def _fill(self, pool: str, units: list[int], pages: Sequence[memoryview]) -> None:
-        data = torch.frombuffer(bytearray(b"".join(pages)), dtype=torch.uint8).view(len(pages), -1)
+        data = _tensor(pages)
         await self.loop.call(lambda e: e.cache.restore(pool, units, data))
+
+    def count_prefix(self, prompt_tokens: int, pool_tokens: int, cached_tokens: int) -> None:
+        """Counts where a prompt's tokens came from: this worker's pool, Redis (up to cached_tokens), or neither."""
+        tiers = {"pool": pool_tokens, "redis": cached_tokens - pool_tokens, "miss": prompt_tokens - cached_tokens}
+        for tier, tokens in tiers.items():
+            if tokens > 0:
+                self.metrics.prefix_tokens.record(tokens, tier=tier)
 
     def _after_step(self, result: StepResult) -> None:
         """On the engine's thread: copies new prefix pages out before the next step may overwrite them."""
-        if self.store is None:
-            return
-        for written in result.written:
+        published: list[tuple[WrittenPages, list[tuple[PageKey, memoryview]]]] = []
+        for written in result.written if self.store is not None else ():
             pages: list[tuple[PageKey, memoryview]] = []
             for pool, pairs in (("retrieval", written.retrieval), ("streaming", written.streaming)):
-                if pairs and self.store.has_room:
+                if pairs and self.store is not None and self.store.has_room:
                     data = self.engine.cache.export(pool, [page for _, page in pairs]).numpy()
-                    pages += [(PageKey(h, pool), memoryview(row)) for (h, _), row in zip(pairs, data, strict=True)]
-            self._event_loop.call_soon_threadsafe(self._publish, written, pages)
+                    pages += [
+                        (PageKey(h, "retrieval" if pool == "retrieval" else "streaming"), memoryview(row))
+                        for (h, _), row in zip(pairs, data, strict=True)
+                    ]
+            published.append((written, pages))
+        if published or result.density:
+            self.loop.call_soon(lambda: self._note(result.density, published))
 
-    def _publish(self, written: WrittenPages, pages: list[tuple[PageKey, memoryview]]) -> None:
-        assert self.store is not None and self.directory is not None
-        self.store.put_pages(pages)
-        if written.resume_points:
-            self.spawn(self.directory.publish(list(written.resume_points), self.worker_id))
+    def _note(
+        self, density: dict[str, float], published: list[tuple[WrittenPages, list[tuple[PageKey, memoryview]]]]
+    ) -> None:
+        for phase, fraction in density.items():
+            self.metrics.attention_density.record(fraction, phase=phase)
+        for written, pages in published:
+            assert self.store is not None and self.directory is not None
+            self.store.put_pages(pages)
+            if written.resume_points:
+                self.spawn(self.directory.publish(list(written.resume_points), self.worker_id))
+
+    async def _report(self) -> None:
+        """Sets the gauges, again and again."""
+        while True:
+            load = await self.load()
+            for pool, used, cached, total in (
+                ("retrieval", load.used_pages, load.cached_pages, load.total_pages),
+                ("streaming", load.used_streaming_pages, load.cached_streaming_pages, load.total_streaming_pages),
+                ("tail", load.used_rows, 0, load.total_rows),
+            ):
+                for state, value in (("held", used), ("cached", cached), ("free", total - used - cached)):
+                    self.metrics.kv_pages.record(value, pool=pool, state=state)
+            counts = await self.loop.call(lambda e: e.leases.counts)
+            for state, value in (("held", counts.held), ("released", counts.released), ("expired", counts.expired)):
+                self.metrics.leases.record(value, state=state)
+            self.metrics.running_requests.record(load.running)
+            self.metrics.waiting_requests.record(load.waiting)
+            await asyncio.sleep(REPORT_INTERVAL_S)
 
     def _done(self, task: "asyncio.Task[Any]") -> None:
         self._tasks.discard(task)
@@ -126,7 +205,26 @@ class Worker:
             logger.error("background work failed: %s", task.exception(), exc_info=task.exception())
 
     async def close(self) -> None:
-        """Stops the engine's thread, then the connections."""
+        """Waits for what is still held, at most `drain_s`; then stops the engine's thread and the connections."""
+        deadline = time.monotonic() + self._drain_s
+        while self.loop.failure is None and time.monotonic() < deadline:
+            load = await self.load()
+            if not (self._tasks or load.leases or load.running or load.waiting):
+                break
+            await asyncio.sleep(0.02)
+        for task in (self._reporting, *self._tasks):
+            task.cancel()
         await asyncio.to_thread(self.loop.stop)
+        await asyncio.gather(self._reporting, *self._tasks, return_exceptions=True)
         if self.transfer is not None:
             await asyncio.to_thread(self.transfer.close)
+        if self.store is not None and self.directory is not None:
+            await asyncio.to_thread(self.store.close)
+            await self.directory.close()
+
+
+def _tensor(pages: Sequence[memoryview]) -> torch.Tensor:
+    """uint8 [pages, page bytes], a copy."""
+    if not pages:
+        return torch.empty(0, 0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(b"".join(pages)), dtype=torch.uint8).view(len(pages), -1)

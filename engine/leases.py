@@ -111,6 +111,10 @@ class LeaseTable:
         self._end(lease)
         return "held"
 
+    def is_alive(self, lease_id: int, generation: int) -> bool:
+        """Whether the lease has neither been released nor run out."""
+        return self._alive(lease_id, generation) is not None
+
     def expire(self, now: float | None = None) -> list[Lease]:
         """End every lease whose time is up at `now` (default: the clock's) and return them, earliest first."""
         now = self._clock() if now is None else now
