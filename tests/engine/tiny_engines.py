@@ -29,6 +29,9 @@ MIXED = ((False, True), (True, True), (False, False))
 SPARSITY = SparsityConfig(token_budget=None, sink_size=64, local_window=128)
 """Everything read; a short sink and window, so that 200 tokens already leave them."""
 
+SPARSE = replace(SPARSITY, token_budget=384, reselect_interval=16)
+"""Six pages of eleven are read, and a choice is used for 16 steps: a lost choice would show."""
+
 MANY = PoolSizes(retrieval_pages=128, streaming_pages=128, rows=24)
 
 
@@ -150,6 +153,11 @@ def make_engine(
     return engine, probe
 
 
+def fresh(tiny: tuple[Model, Any], **settings: Any) -> Engine:
+    """A new engine over our half of the `tiny` fixture."""
+    return make_engine(tiny[0], **settings)[0]
+
+
 def poison_pools(engine: Engine) -> None:
     """Makes every page and row read as NaN."""
     for pool in (engine.cache.retrieval, engine.cache.streaming):
@@ -171,7 +179,9 @@ def request(prompt: Sequence[int], max_tokens: int = 4, *, attention: Any = None
     """A greedy request under a new id and seed; sampling fields by name."""
     seed = next(_seeds)
     ours = {name: fields.pop(name) for name in ("tenant", "emitted", "choice", "deadline") if name in fields}
-    sampling = SamplingParams(**{"temperature": 0.0, "seed": seed, "max_tokens": max_tokens, "ignore_eos": True} | fields)
+    sampling = SamplingParams(
+        **{"temperature": 0.0, "seed": seed, "max_tokens": max_tokens, "ignore_eos": True} | fields
+    )
     return Request(f"request-{seed}", tuple(prompt), sampling, attention or AttentionOptions(), **ours)
 
 
@@ -253,3 +263,10 @@ def in_reach(positions: Tensor, num_tokens: int, sink_size: int, local_window: i
     token = torch.arange(num_tokens)
     distance = positions[:, None] - token
     return (distance >= 0) & ((token < sink_size) | (distance < local_window))
+
+
+def assert_equal(ours: dict[int, Tensor], theirs: dict[int, Tensor], atol: float = 0.0) -> None:
+    """The same logits at the same positions."""
+    assert list(ours) == list(theirs) and ours
+    for position, logits in ours.items():
+        torch.testing.assert_close(logits, theirs[position], atol=atol, rtol=0, msg=lambda m, p=position: f"{p}: {m}")
