@@ -7,8 +7,9 @@ One program computes BLOCK_M query rows of one query head. It walks three kinds 
 - the first page of the diagonal block as decoded, which only rows on the second page see;
 - the chunk's own tokens as written: causal, and only on the row's own page.
 
-Rows go longest first over the whole batch, so the chip drains evenly without a persistent loop. On sm_90 the
-retrieval heads of common shapes take `prefill_attention_hopper` instead.
+Rows go KV head by KV head, whose keys and values then stay in the L2, and longest first over the whole batch, so the
+chip drains evenly without a persistent loop. On sm_90 the retrieval heads of common shapes take
+`prefill_attention_hopper` instead.
 """
 
 from collections.abc import Callable
@@ -40,24 +41,23 @@ def _accumulate(q, k, v, visible, acc, peak, total, log2_scale, MASKED: tl.const
     return acc, new_peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "blocks_row", "blocks_head"])
 def _prefill_attention(
     query, query_token, query_head,
     key_edges, value_edges, decoded_key_edges, decoded_value_edges, decoded_keys, decoded_values,
     out, out_token, out_head,
     heads, tiles, starts, query_offsets, scratch_offsets,
     blocks, blocks_row, blocks_head, counts, counts_row,
-    num_heads, sink_size, local_window, log2_scale,
+    num_tiles, sink_size, local_window, log2_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EDGE: tl.constexpr, STREAMING: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module's docstring. tiles: int32 [n, 3] (request, its query block, query block in the batch)."""
     program = tl.program_id(0)
-    head_index = program % (num_heads * GROUP)
-    kv_head = tl.load(heads + head_index // GROUP).to(tl.int32)
-    head = kv_head * GROUP + head_index % GROUP
-    tile = program // (num_heads * GROUP) // (BLOCK // BLOCK_M)
-    half = program // (num_heads * GROUP) % (BLOCK // BLOCK_M)
+    kv_head = tl.load(heads + program // (num_tiles * (BLOCK // BLOCK_M) * GROUP)).to(tl.int32)
+    head = kv_head * GROUP + program % GROUP
+    tile = program // GROUP % (num_tiles * (BLOCK // BLOCK_M)) // (BLOCK // BLOCK_M)
+    half = program // GROUP % (BLOCK // BLOCK_M)
     request = tl.load(tiles + 3 * tile)
     diagonal = tl.load(tiles + 3 * tile + 1)
     start = tl.load(starts + request)
@@ -163,6 +163,8 @@ def tile_shape(head_dim: int, dtype: torch.dtype, streaming: bool) -> dict[str, 
         return {"BLOCK_M": 64 if head_dim <= 128 else 32, "BLOCK_N": 32, "EDGE": 32, "num_warps": 4, "num_stages": 1}
     if head_dim > 128:
         return {"BLOCK_M": 128, "BLOCK_N": 64, "EDGE": 32 if streaming else 16, "num_warps": 8, "num_stages": 2}
+    if streaming:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "EDGE": 64, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "EDGE": 64, "num_warps": 8, "num_stages": 2}
 
 
@@ -229,7 +231,7 @@ def launch(
         out, out.stride(0), out.stride(1),
         heads, tiles, batch.starts_device, batch.query_offsets_device, batch.scratch_offsets_device,
         *list_arguments(lists, tiles),
-        heads.numel(), layer.sink_size, layer.local_window, layer.scale * LOG2_E,
+        len(tiles), layer.sink_size, layer.local_window, layer.scale * LOG2_E,
         GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, STREAMING=streaming, LISTED=lists is not None,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee", **shape,
     )  # fmt: skip

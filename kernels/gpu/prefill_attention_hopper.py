@@ -4,8 +4,7 @@ One program computes 128 query rows of one query head; each consumer owns 64 of 
 diagonal block comes first and costs no more than in plain causal attention: the first consumer reads its own page as
 written, the second the page before as decoded and its own as written. Then both walk the row's earlier blocks without a
 mask, through a ring of 128-key slots that the producer fills by TMA. The products of step i + 1 are issued before the
-softmax of step i is needed, so tensor cores and exponentials overlap, and the consumers take turns at issuing them
-(FlashAttention-3, arXiv 2407.08608).
+softmax of step i is needed, so tensor cores and exponentials overlap (FlashAttention-3, arXiv 2407.08608).
 """
 
 import torch
@@ -28,17 +27,16 @@ PAGE = gl.constexpr(64)
 
 
 @gluon.jit
-def _place(program, heads, tiles, starts, query_offsets, scratch_offsets, num_heads, GROUP: gl.constexpr):
+def _place(program, heads, tiles, starts, query_offsets, scratch_offsets, num_tiles, GROUP: gl.constexpr):
     """A program's (head, KV head, first token, tokens left, first position, scratch offset, query block)."""
-    head_index = program % (num_heads * GROUP)
-    tile = tiles + 3 * (program // (num_heads * GROUP))
-    kv_head = gl.load(heads + head_index // GROUP).to(gl.int32)
+    kv_head = gl.load(heads + program // (num_tiles * GROUP)).to(gl.int32)
+    tile = tiles + 3 * (program % (num_tiles * GROUP) // GROUP)
     request = gl.load(tile)
     in_chunk = gl.load(tile + 1) * BLOCK
     first_token = gl.load(query_offsets + request)
     length = gl.load(query_offsets + request + 1) - first_token
     return (
-        kv_head * GROUP + head_index % GROUP,
+        kv_head * GROUP + program % GROUP,
         kv_head,
         first_token + in_chunk,
         length - in_chunk,
@@ -55,7 +53,7 @@ def _produce(
     """Fills the diagonal pages, then the ring. scratch_row: the descriptor row of the KV head's position 0."""
     queries, keys, values, key_pages, value_pages, key_blocks, value_blocks = descriptors
     q_pages, k_pages, v_pages, k_slots, v_slots = buffers
-    q_ready, k_ready, k_free, v_ready, v_free, turns = barriers
+    q_ready, k_ready, k_free, v_ready, v_free = barriers
     token, position, scratch_row, head, kv_head, blocks, num_blocks = source
     nbytes: gl.constexpr = PAGE * HEAD_DIM * 2
     column = kv_head * HEAD_DIM
@@ -121,13 +119,11 @@ def _attend_page(q, k, v, acc, peak, total, log2_scale, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def _consume(
-    buffers, barriers, tile, WHICH: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr
-):
+def _consume(buffers, barriers, tile, WHICH: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr):
     """The 64 rows of page WHICH of a tile: diagonal pages, then the ring, then the store."""
     out, out_token, tokens_left, num_blocks, log2_scale = tile
     q_pages, k_pages, v_pages, k_slots, v_slots = buffers
-    q_ready, k_ready, k_free, v_ready, v_free, turns = barriers
+    q_ready, k_ready, k_free, v_ready, v_free = barriers
     o_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HEAD_DIM, 16]
     )
@@ -178,13 +174,9 @@ def _consume(
             slot = i % STAGES
             last = (i - 1) % STAGES
             mbarrier.wait(k_ready.index(slot), ((i // STAGES) & 1) ^ 1)
-            if TURNS:
-                mbarrier.wait(turns.index(WHICH), ((i - 1) & 1) ^ (1 - WHICH))
             logits = warpgroup_mma(q, k_slots.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
             mbarrier.wait(v_ready.index(last), (((i - 1) // STAGES) & 1) ^ 1)
             acc = warpgroup_mma(p, v_slots.index(last), acc, is_async=True)
-            if TURNS:
-                mbarrier.arrive(turns.index(1 - WHICH))
             logits = warpgroup_mma_wait(1, deps=[logits])
             mbarrier.arrive(k_free.index(slot))
             weights, decay, peak, total = _softmax(logits, peak, total, log2_scale)
@@ -206,18 +198,18 @@ def _consume(
     gl.store(at, acc.to(dtype), mask=(rows < left)[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_tiles", "blocks_row", "blocks_head"])
 def _prefill_attention(
     queries, keys, values, key_pages, value_pages, key_blocks, value_blocks,
     out, out_token, out_head, scratch_head_rows,
     heads, tiles, starts, query_offsets, scratch_offsets,
     blocks, blocks_row, blocks_head, counts, counts_row,
-    num_heads, log2_scale,
-    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, LISTED: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    num_tiles, log2_scale,
+    GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, LISTED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring. tiles: int32 [n, 3] (request, its query block, query block in the batch)."""
     head, kv_head, token, tokens_left, position, scratch, row = _place(
-        gl.program_id(0), heads, tiles, starts, query_offsets, scratch_offsets, num_heads, GROUP
+        gl.program_id(0), heads, tiles, starts, query_offsets, scratch_offsets, num_tiles, GROUP
     )
     num_blocks = position // BLOCK
     if LISTED:
@@ -235,10 +227,7 @@ def _prefill_attention(
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_ready, count=1)
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)
@@ -247,7 +236,7 @@ def _prefill_attention(
 
     descriptors = (queries, keys, values, key_pages, value_pages, key_blocks, value_blocks)
     buffers = (q_pages, k_pages, v_pages, k_slots, v_slots)
-    barriers = (q_ready, k_ready, k_free, v_ready, v_free, turns)
+    barriers = (q_ready, k_ready, k_free, v_ready, v_free)
     tile_out = out + token.to(gl.int64) * out_token + head * out_head
     scratch_row = kv_head * scratch_head_rows + scratch
     first: gl.constexpr = 0
@@ -256,8 +245,8 @@ def _prefill_attention(
     source = (token, position, scratch_row, head, kv_head, blocks, num_blocks)
     gl.warp_specialize(
         [
-            (_consume, (buffers, barriers, tile, first, HEAD_DIM, STAGES, TURNS)),
-            (_consume, (buffers, barriers, tile, second, HEAD_DIM, STAGES, TURNS)),
+            (_consume, (buffers, barriers, tile, first, HEAD_DIM, STAGES)),
+            (_consume, (buffers, barriers, tile, second, HEAD_DIM, STAGES)),
             (_produce, (descriptors, buffers, barriers, source, HEAD_DIM, STAGES, LISTED)),
         ],
         [4, 1],
@@ -297,7 +286,6 @@ def launch(
     heads: torch.Tensor,
     tiles: torch.Tensor,
     lists: BlockLists | None,
-    turns: bool = True,
 ) -> None:
     """Writes the retrieval heads' part of out, [T, Hq, D]; tiles as `query_tiles` makes them."""
     num_tokens, num_heads, head_dim = query.shape
@@ -317,7 +305,7 @@ def launch(
         out, out.stride(0), out.stride(1), head_rows,
         heads, tiles, batch.starts_device, batch.query_offsets_device, batch.scratch_offsets_device,
         *list_arguments(lists, tiles),
-        heads.numel(), layer.scale * LOG2_E,
-        GROUP=num_heads // kv_heads, HEAD_DIM=head_dim, LISTED=lists is not None, STAGES=2, TURNS=turns,
+        len(tiles), layer.scale * LOG2_E,
+        GROUP=num_heads // kv_heads, HEAD_DIM=head_dim, LISTED=lists is not None, STAGES=2,
         num_warps=4, maxnreg=168,
     )  # fmt: skip

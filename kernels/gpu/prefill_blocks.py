@@ -10,54 +10,57 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..cpu.prefill_blocks import BLOCK, STRIDE, kept_quota
 from ..views import BlockLists, LayerView, PrefillBatch
+from .prefill_attention import LOG2_E
 
 PER_BLOCK = BLOCK // STRIDE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_column_tiles", "scores_head", "scores_group"])
 def _score_groups(
-    query, query_token, query_head,
-    scratch_key, scratch_head, scratch_token,
-    scores, scores_head, scores_group,
-    heads, row_tiles, query_offsets, scratch_offsets, num_heads, log2_scale,
+    query, query_token, query_head, key_groups, scores, scores_head, scores_group,
+    heads, row_tiles, query_offsets, scratch_offsets, num_tiles, num_column_tiles, log2_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """row_tiles: int32 [n, 4] (request, first query group, the same in the batch, key groups before the diagonal)."""
+    """key_groups: descriptor of the scratch as [Hkv, groups, STRIDE * D].
+
+    row_tiles: int32 [n, 4] (request, first query group, the same in the batch, key groups before the last diagonal).
+    """
     program = tl.program_id(0)
-    head_index = program % (num_heads * GROUP)
-    tile = row_tiles + 4 * (program // (num_heads * GROUP))
-    first_column = tl.program_id(1) * BLOCK_N
+    head_index = program // (num_tiles * num_column_tiles * GROUP) * GROUP + program % GROUP
+    kv_head = tl.load(heads + head_index // GROUP).to(tl.int32)
+    tile = row_tiles + 4 * (program // (num_column_tiles * GROUP) % num_tiles)
+    first_column = program // GROUP % num_column_tiles * BLOCK_N
     num_columns = tl.load(tile + 3)
     if first_column >= num_columns:
         return
-    kv_head = tl.load(heads + head_index // GROUP)
     request = tl.load(tile)
     first_row = tl.load(tile + 1)
     first_token = tl.load(query_offsets + request).to(tl.int64)
     length = tl.load(query_offsets + request + 1) - first_token
-    scratch = tl.load(scratch_offsets + request).to(tl.int64)
+    key_group = tl.load(scratch_offsets + request) // STRIDE + first_column
 
     rows = first_row + tl.arange(0, BLOCK_M)
-    columns = first_column + tl.arange(0, BLOCK_N)
     channels = tl.arange(0, BLOCK_D)
-    head = kv_head * GROUP + head_index % GROUP
+    head = kv_head * GROUP + program % GROUP
     q_at = query + (first_token + rows * STRIDE)[:, None] * query_token + head * query_head + channels[None, :]
-    last_of_group = scratch + columns * STRIDE + STRIDE - 1
-    k_at = scratch_key + kv_head * scratch_head + last_of_group[:, None] * scratch_token + channels[None, :]
     logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in range(STRIDE * PARTS):
         s = i // PARTS
         channel = (i - s * PARTS) * BLOCK_D
         there = (channels + channel < HEAD_DIM)[None, :]
         q = tl.load(q_at + s * query_token + channel, mask=(rows * STRIDE + s < length)[:, None] & there, other=0.0)
-        k = tl.load(k_at - s * scratch_token + channel, mask=(columns < num_columns)[:, None] & there, other=0.0)
+        column = (STRIDE - 1 - s) * HEAD_DIM + channel
+        k = key_groups.load([kv_head, key_group, column]).reshape([BLOCK_N, BLOCK_D])
         logits = tl.dot(q, tl.trans(k), logits, input_precision=PRECISION)
-    logits = tl.reshape(logits * log2_scale, [BLOCK_M, BLOCK_N // PER_BLOCK, PER_BLOCK])
+    readable = first_column + tl.arange(0, BLOCK_N) < num_columns
+    logits = tl.where(readable[None, :], logits * log2_scale, 0.0)
+    logits = tl.reshape(logits, [BLOCK_M, BLOCK_N // PER_BLOCK, PER_BLOCK])
     peak = tl.max(logits, 2)
     score = peak + tl.log2(tl.sum(tl.exp2(logits - peak[:, :, None]), 2))
 
@@ -68,7 +71,7 @@ def _score_groups(
     tl.store(at, score, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scores_head", "scores_group", "blocks_row", "blocks_head", "sparse_from"])
 def _keep_blocks(
     scores, scores_head, scores_group, blocks, blocks_row, blocks_head, counts, counts_row, heads, rows,
     sink_size, local_window, sparse_from, threshold,
@@ -87,11 +90,11 @@ def _keep_blocks(
     if position >= sparse_from:
         share = tl.zeros([WIDTH], tl.float32)
         at = scores + head_index.to(tl.int64) * scores_head + row * (BLOCK // STRIDE) * scores_group
-        for _ in range((num_tokens + STRIDE - 1) // STRIDE):
-            score = tl.load(at + block, mask=before, other=-float("inf"))
+        for group in tl.static_range(BLOCK // STRIDE):
+            there = before & (group * STRIDE < num_tokens)
+            score = tl.load(at + group * scores_group + block, mask=there, other=-float("inf"))
             weight = tl.exp2(score - tl.maximum(tl.max(score, 0), -1e38))
             share += weight / tl.maximum(tl.sum(weight, 0), 1e-30)
-            at += scores_group
         always = before & ((block * BLOCK < sink_size) | ((block + 1) * BLOCK > position - local_window + 1))
         if BY_QUOTA:
             quota = tl.load(rows + 3 * row + 2)
@@ -141,6 +144,14 @@ def _tables(
     return host[0].pin_memory().to(device, non_blocking=True), host[1].pin_memory().to(device, non_blocking=True)
 
 
+def score_shape(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes and launch options of the score product."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}
+    block_d = min(64, triton.next_power_of_2(head_dim))
+    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_D": block_d, "num_warps": 8, "num_stages": 4}
+
+
 def prefill_blocks(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -164,19 +175,21 @@ def prefill_blocks(
     positions = [s + b * BLOCK for s, n in zip(batch.starts, num_blocks, strict=True) for b in range(n)]
     quotas = tuple(0 if budget is None else kept_quota(position, layer, budget) for position in positions)
     exact = query.dtype == torch.float32
-    block_m, block_n, block_d = (64, 64, 32) if exact else (128, 128, min(128, triton.next_power_of_2(head_dim)))
-    row_tiles, rows = _tables(batch.starts, batch.lengths, sparse_from, block_m, quotas, query.device)
+    shape = score_shape(head_dim, query.dtype)
+    row_tiles, rows = _tables(batch.starts, batch.lengths, sparse_from, shape["BLOCK_M"], quotas, query.device)
     scores = torch.empty(heads.numel() * group, num_rows * PER_BLOCK, width, dtype=torch.float32, device=query.device)
+    num_column_tiles = triton.cdiv(width * PER_BLOCK, shape["BLOCK_N"])
+    num_key_groups = scratch_key.shape[1] // STRIDE
+    key_groups = scratch_key[:, : num_key_groups * STRIDE].view(-1, num_key_groups, STRIDE * head_dim)
     if len(row_tiles):
-        _score_groups[(len(row_tiles) * heads.numel() * group, triton.cdiv(width * PER_BLOCK, block_n))](
+        _score_groups[(heads.numel() * group * len(row_tiles) * num_column_tiles,)](
             query, query.stride(0), query.stride(1),
-            scratch_key, scratch_key.stride(0), scratch_key.stride(1),
+            TensorDescriptor.from_tensor(key_groups, [1, shape["BLOCK_N"], shape["BLOCK_D"]]),
             scores, scores.stride(0), scores.stride(1),
             heads, row_tiles, batch.query_offsets_device, batch.scratch_offsets_device,
-            heads.numel(), layer.scale / STRIDE * 1.4426950408889634,
-            GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, PARTS=triton.cdiv(head_dim, block_d),
-            BLOCK_M=block_m, BLOCK_N=block_n, STRIDE=STRIDE, PER_BLOCK=PER_BLOCK,
-            PRECISION="tf32x3" if exact else "ieee", num_warps=4 if exact else 8, num_stages=1 if exact else 3,
+            len(row_tiles), num_column_tiles, layer.scale / STRIDE * LOG2_E,
+            GROUP=group, HEAD_DIM=head_dim, PARTS=triton.cdiv(head_dim, shape["BLOCK_D"]),
+            STRIDE=STRIDE, PER_BLOCK=PER_BLOCK, PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee", **shape,
         )  # fmt: skip
     padded = max(16, triton.next_power_of_2(width))
     _keep_blocks[(num_rows, heads.numel() * group)](
@@ -184,6 +197,6 @@ def prefill_blocks(
         blocks, blocks.stride(0), blocks.stride(1), counts, counts.stride(0),
         heads, rows, layer.sink_size, layer.local_window, sparse_from, 0.0 if threshold is None else threshold,
         GROUP=group, WIDTH=padded, BY_QUOTA=budget is not None, BLOCK=BLOCK, STRIDE=STRIDE,
-        num_warps=4 if padded <= 1024 else 8,
+        num_warps=1 if padded <= 1024 else 4 if padded <= 4096 else 8,
     )  # fmt: skip
     return BlockLists(blocks, counts)
