@@ -174,7 +174,6 @@ def prefill_blocks(
         return BlockLists(blocks, counts)
     positions = [s + b * BLOCK for s, n in zip(batch.starts, num_blocks, strict=True) for b in range(n)]
     quotas = tuple(0 if budget is None else kept_quota(position, layer, budget) for position in positions)
-    exact = query.dtype == torch.float32
     shape = score_shape(head_dim, query.dtype)
     row_tiles, rows = _tables(batch.starts, batch.lengths, sparse_from, shape["BLOCK_M"], quotas, query.device)
     scores = torch.empty(heads.numel() * group, num_rows * PER_BLOCK, width, dtype=torch.float32, device=query.device)
