@@ -84,7 +84,7 @@ def make_page_format(
         "fingerprint": fingerprint,
         "weights": weights,
         "compute_dtype": compute_dtype,
-        "rope": [model.rope_theta, model.max_position, [list(pair) for pair in model.rope_scaling]],
+        "rope": [model.rope_theta, model.max_position, model.rope_scaling, model.rope_frequency_factors],
         "value_rotation": value_rotation,
         "streaming": streaming,
         "sink_size": sparsity.sink_size,
