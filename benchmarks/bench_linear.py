@@ -277,11 +277,7 @@ def prefill_layers(rates: dict[str, float], num_tokens: int) -> list[Row]:
     """A layer's four linears at num_tokens; floors by operations at the fp8 rate (int8: its own is printed above)."""
     operations = sum(2 * num_tokens * n * k for n, k in LAYER.values())
     tiles = {
-        "128x256": PrefillTiles(128, 256, 128, 8, 8, 4),
-        "128x256 3 stages": PrefillTiles(128, 256, 128, 8, 8, 3),
-        "128x128": PrefillTiles(128, 128, 128, 8, 8, 4),
-        "128x128 4 warps": PrefillTiles(128, 128, 128, 8, 4, 3),
-        "128x128 4 warps 4 stages": PrefillTiles(128, 128, 128, 8, 4, 4),
+        "128x128": PrefillTiles(128, 128, 128, 8, 4, 3),
         "64x256": PrefillTiles(64, 256, 128, 8, 4, 3),
         "64x128": PrefillTiles(64, 128, 128, 8, 4, 4),
     }
@@ -328,7 +324,7 @@ SHAPES = [
 def sweep_tiles(batch: int, widest: int) -> list[DecodeTiles]:
     """Tiles worth timing, without prefetch."""
     block_m = min(max(triton.next_power_of_2(batch), 8), widest)
-    stages = (2, 3, 4, 6) if block_m < 32 else (2, 3)
+    stages = (2, 3, 4) if block_m < 32 else (2, 3)
     return [DecodeTiles(block_m, *shape, count) for shape, count in itertools.product(SHAPES, stages)]
 
 
@@ -419,7 +415,7 @@ def main() -> None:
     rows += decode_layers(rates["copy"], options.batches)
     rows += overlap_gain(rates["copy"], options.batches)
     rows += sampling(rates["copy"], options.batches)
-    for num_tokens in (256, 1024, options.tokens):
+    for num_tokens in (1024, options.tokens):
         rows += prefill_layers(rates, num_tokens)
     about = {
         "device": torch.cuda.get_device_name(),
