@@ -9,9 +9,11 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -32,8 +34,8 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def local_ray(settings: Settings, *, dashboard: bool = False) -> Iterator[None]:
-    """A Ray cluster of one node on the loopback address, for the length of the block.
+def local_ray(settings: Settings, *, dashboard: bool = False) -> Iterator[list[psutil.Process]]:
+    """A Ray cluster of one node on the loopback address, for the length of the block; gives Ray's own processes.
 
     Ray may hand out as many cores as the settings reserve, whatever the machine has. Logs lie in a temporary directory,
     which goes with the cluster. On exit every process that was started since is gone, killed where it does not end.
@@ -41,7 +43,7 @@ def local_ray(settings: Settings, *, dashboard: bool = False) -> Iterator[None]:
     os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
-    before = set(psutil.Process().children(recursive=True))
+    before = _descendants()
     logs = tempfile.mkdtemp(prefix="lserve-ray-", dir=_short_temporary_directory())
     try:
         ray.init(
@@ -53,11 +55,11 @@ def local_ray(settings: Settings, *, dashboard: bool = False) -> Iterator[None]:
             logging_level=logging.ERROR,
             _temp_dir=logs,
         )
-        yield
+        yield [process for process in _descendants() - before if process.name() in ("gcs_server", "raylet")]
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # nothing interrupts the rest of the way down
-        started = set(psutil.Process().children(recursive=True)) - before
+        started = _descendants() - before
         ray.shutdown()
         _end(started)
         shutil.rmtree(logs, ignore_errors=True)
@@ -83,9 +85,20 @@ def serving(settings: Settings) -> Iterator[str]:
         except RuntimeError as error:
             raise LServeError(_reason(str(error))) from error
         yield f"http://{LOOPBACK if host == '0.0.0.0' else host}:{port}"
-    finally:
+    except KeyboardInterrupt:
         with suppress(KeyboardInterrupt):  # told to stop twice, it does not wait for answers in progress
             serve.delete(APPLICATION)
+        raise
+
+
+def watch(processes: list[psutil.Process]) -> NoReturn:
+    """Waits, for ever or until one of the processes ends, which is a LServeError that names it."""
+    names = {process: process.name() for process in processes}
+    while True:
+        for process, name in names.items():
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                raise LServeError(f"Ray's {name} ended unexpectedly")
+        time.sleep(1.0)
 
 
 def check_port_is_free(host: str, port: int) -> None:
@@ -108,6 +121,10 @@ def _reason(report: str) -> str:
     lines = [line.strip() for line in report.splitlines()]
     raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b.*: ", line)]
     return f"a worker did not start: {(raised or lines)[-1]}"
+
+
+def _descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
 
 
 def _end(processes: set[psutil.Process]) -> None:

@@ -8,13 +8,14 @@ import signal
 from contextlib import ExitStack
 from types import FrameType
 
+import psutil
 from rich.console import Console
 
 from lserve.deployments.embedded_valkey import EmbeddedValkey
 from lserve.deployments.settings import Settings, secret
 
 from .ask import ask, wait_until_ready
-from .local_cluster import check_port_is_free, local_ray, serving
+from .local_cluster import check_port_is_free, local_ray, serving, watch
 from .local_settings import local_settings
 from .progress import Progress
 
@@ -48,13 +49,12 @@ def run(options: argparse.Namespace) -> int:
         stack.callback(progress.end)
         try:
             _stop_on_sigterm()
-            settings, url = _start(options, progress, stack)
+            settings, url, ray_processes = _start(options, progress, stack)
             if not options.no_question:
                 _ask_first_question(console, settings, url)
             console.print(how_to_go_on(settings.served_name, url), markup=False)
             is_up = True
-            while True:
-                signal.pause()
+            watch(ray_processes)
         except KeyboardInterrupt:
             return 0 if is_up else 130
         finally:
@@ -78,8 +78,10 @@ With Python:
 """
 
 
-def _start(options: argparse.Namespace, progress: Progress, stack: ExitStack) -> tuple[Settings, str]:
-    """Starts everything; the stack stops it. Returns the settings that run, and the URL."""
+def _start(
+    options: argparse.Namespace, progress: Progress, stack: ExitStack
+) -> tuple[Settings, str, list[psutil.Process]]:
+    """Starts everything; the stack stops it. Returns the settings that run, the URL, and Ray's processes."""
     flags = {"router.host": options.host, "router.port": options.port}
     overrides = [*(f"{name}={value}" for name, value in flags.items() if value is not None), *options.overrides]
     settings = local_settings(options.file, options.model, overrides, progress.stage)
@@ -90,14 +92,14 @@ def _start(options: argparse.Namespace, progress: Progress, stack: ExitStack) ->
         valkey = stack.enter_context(EmbeddedValkey())
         settings = settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": valkey.url})})
     progress.stage("starting Ray")
-    stack.enter_context(local_ray(settings, dashboard=options.dashboard))
+    ray_processes = stack.enter_context(local_ray(settings, dashboard=options.dashboard))
     _stop_on_sigterm()  # Ray put its own handler in place
     progress.stage(f"loading {settings.served_name} into {_workers(settings)}")
     url = stack.enter_context(serving(settings))
     stack.callback(progress.stage, "stopping; Ctrl-C again does not wait for answers in progress")
     wait_until_ready(url, READY_TIMEOUT_S)
     progress.end()
-    return settings, url
+    return settings, url, ray_processes
 
 
 def _ask_first_question(console: Console, settings: Settings, url: str) -> None:
