@@ -41,7 +41,7 @@ class DecodeWorker:
             async with asyncio.timeout(_seconds_left(request)):
                 reservation = await events.reservation()
                 if reservation is not None:
-                    worker.metrics.queue.record(time.monotonic() - asked)
+                    worker.metrics.queue.record(reservation.admitted_at - asked)
                     prefilling = await self._fill(request, hint, reservation, handoffs)
             async for outputs in events.outputs():
                 if prefilling is not None:

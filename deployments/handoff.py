@@ -54,7 +54,7 @@ class Handoff:
         return reached // BLOCK_SIZE * BLOCK_SIZE
 
     async def run(self, hint: PrefixHint) -> ChunkReady | None:
-        """The last chunk once all pages and the tail are here; None when no prefill worker could do it.
+        """The last chunk once all pages and the tail are here; None when no prefill worker can do it.
 
         Raises InvalidRequestError or DeadlineExceededError.
         """
@@ -78,17 +78,24 @@ class Handoff:
         leases, self._leases = self._leases, set()
         await asyncio.gather(*(self._release(lease) for lease in leases), return_exceptions=True)
 
-    async def _attempt(self, message: PrefillRequest) -> ChunkReady:
-        """One prefill call, to its end."""
+    async def _attempt(self, message: PrefillRequest) -> ChunkReady | None:
+        """One prefill call, to its end; None when there is nobody to call."""
         assert self._worker.transfer is not None
+        timeout_s = self._worker.settings.prefill.timeout_s
         pulls: list[asyncio.Task[None]] = []
         try:
             async with aclosing(self._pool.prefill(message)) as stream:
-                peer = await _next(stream, START_TIMEOUT_S)
+                try:
+                    peer = await _next(stream, START_TIMEOUT_S)
+                except TimeoutError:
+                    return None
                 assert isinstance(peer, PrefillStarted), peer
                 self._worker.transfer.add_peer(peer.peer)
                 while True:
-                    chunk = await _next(stream, self._worker.settings.prefill.timeout_s)
+                    try:
+                        chunk = await _next(stream, timeout_s)
+                    except TimeoutError:
+                        raise WorkerLostError(f"the prefill worker said nothing for {timeout_s:g} s") from None
                     assert isinstance(chunk, ChunkReady), chunk
                     lease = LeaseCall(((chunk.lease_id, chunk.generation),), (peer.worker_id,))
                     self._leases.add(lease)
@@ -151,10 +158,9 @@ class Handoff:
 async def _next(
     stream: AsyncGenerator[PrefillStarted | ChunkReady, None], timeout_s: float
 ) -> PrefillStarted | ChunkReady:
+    """The stream's next item. Raises TimeoutError, or WorkerLostError at its end."""
     try:
         async with asyncio.timeout(timeout_s):
             return await anext(stream)
     except StopAsyncIteration:
         raise WorkerLostError("the prefill worker stopped before its last chunk") from None
-    except TimeoutError:
-        raise WorkerLostError(f"the prefill worker said nothing for {timeout_s:g} s") from None

@@ -95,14 +95,13 @@ class PrefillWorker:
         )
         reservation = await events.reservation()
         assert reservation is not None
-        started = time.monotonic()
-        worker.metrics.queue.record(started - asked)
+        worker.metrics.queue.record(reservation.admitted_at - asked)
         own = cached = reservation.num_cached_tokens
         if hold:
             cached = await worker.fetch_prefix(reservation, message.known_tokens)
             await worker.loop.call(lambda e: e.begin_prefill(request.request_id, cached))
         worker.count_prefix(len(request.input_token_ids), own, cached)
-        return started
+        return reservation.admitted_at
 
     async def _until_ended(self, leases: Sequence[tuple[int, int]]) -> None:
         """Waits until every one of these leases was released or has run out."""

@@ -253,6 +253,7 @@ class Engine:
             sequence.row,
             sequence.num_cached,
             tuple(sequence.chain),
+            time.monotonic(),
         )
 
     def _after_decode(self, sequences: list[Sequence], logits: torch.Tensor) -> None:

@@ -61,8 +61,10 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Pages that a held request owns: retrieval page ids by page index, streaming ids by index, its row, and the
+    """Pages that an admitted request owns: retrieval page ids by page index, streaming ids by index, its row, and the
     hit.
+
+    admitted_at: monotonic seconds.
     """
 
     request_id: str
@@ -71,6 +73,7 @@ class Reservation:
     row: int
     num_cached_tokens: int
     chain: tuple[bytes, ...]
+    admitted_at: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 import asyncio
 import itertools
+import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from lserve.deployments.worker import Worker
 from lserve.engine.errors import WorkerLostError
 from lserve.engine.loading import load
 from lserve.engine.request import FinishReason, Output, Request, SamplingParams, TokenLogprob
+from lserve.engine.transfer import PageRead, TransferStats
 
 _numbers = itertools.count()
 
@@ -164,3 +166,26 @@ def request(prompt: tuple[int, ...], max_tokens: int = 8, **fields: Any) -> Requ
 def again(original: Request, **fields: Any) -> Request:
     """The same request under another id."""
     return replace(original, request_id=f"request-{next(_numbers)}", **fields)
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Random token ids of ordinary tokens."""
+    draw = random.Random(seed)
+    return tuple(draw.randrange(20, 40_000) for _ in range(length))
+
+
+class SlowRead:
+    """Stands before a decode worker's NIXL reads: the first one waits for `until` before it starts."""
+
+    def __init__(self, decode: DecodeWorker, until: Callable[[], Awaitable[None]]) -> None:
+        transfer = decode._worker.transfer
+        assert transfer is not None
+        self._read, self._until, self.num_reads = transfer.read, until, 0
+        transfer.read = self  # type: ignore[method-assign, assignment]
+
+    async def __call__(self, peer: str, reads: Sequence[PageRead], timeout_s: float) -> TransferStats:
+        """As `Transfer.read`."""
+        self.num_reads += 1
+        if self.num_reads == 1:
+            await self._until()
+        return await self._read(peer, reads, timeout_s)
