@@ -71,13 +71,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
 
 def report(name: str, results: dict[str, object], write: bool) -> None:
     """Prints one line of JSON with the hardware; writes it to benchmarks/results/ when asked to."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
     hardware = {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "python": platform.python_version()}
     line = json.dumps(
-        {"benchmark": name, "commit": commit.stdout.strip(), "torch": torch.__version__, **hardware, **results}
+        {"benchmark": name, "commit": _commit(), "torch": torch.__version__, **hardware, **results}
     )
     print(line)
     if write:
+        RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(line + "\n")
 
 
@@ -85,6 +85,15 @@ def with_rule(engine: Engine, rule: str, candidate_factor: int, token_budget: in
     """Changes how an idle engine selects pages; its pages and prefix cache stay."""
     changed = replace(engine.runner.sparsity, candidate_factor=candidate_factor, token_budget=token_budget)
     engine.runner.sparsity = replace(changed, rule=rule)  # type: ignore[arg-type]
+
+
+def _commit() -> str:
+    """The checkout's commit, where there is a checkout and git."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _cpu_name() -> str:
