@@ -83,7 +83,8 @@ def serving(settings: Settings) -> Iterator[str]:
         try:
             serve.run(application, name=APPLICATION, route_prefix="/")
         except RuntimeError as error:
-            raise LServeError(_reason(str(error))) from error
+            deployments = serve.status().applications[APPLICATION].deployments.values()
+            raise LServeError(_reason([str(error), *(deployment.message for deployment in deployments)])) from error
         yield f"http://{LOOPBACK if host == '0.0.0.0' else host}:{port}"
     except KeyboardInterrupt:
         with suppress(KeyboardInterrupt):  # told to stop twice, it does not wait for answers in progress
@@ -116,11 +117,11 @@ def _reserved_cpus(settings: Settings) -> int:
     return max(1, math.ceil(sum(part.replicas * part.num_cpus for part in parts)))
 
 
-def _reason(report: str) -> str:
-    """Serve reports a failed start with the worker's whole traceback: its last line says what was wrong."""
-    lines = [line.strip() for line in report.splitlines()]
-    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b.*: ", line)]
-    return f"a worker did not start: {(raised or lines)[-1]}"
+def _reason(reports: list[str]) -> str:
+    """Serve reports a failed start with the worker's whole traceback: its last exception says what was wrong."""
+    lines = [line.strip() for report in reports for line in report.splitlines() if line.strip()]
+    raised = re.findall(r"^(?:[a-z_]\w*\.)*([A-Z]\w*(?:Error|Exception): .*)", "\n".join(lines), re.MULTILINE)
+    return f"a worker did not start: {raised[-1] if raised else ' '.join(lines)}"
 
 
 def _descendants() -> set[psutil.Process]:
