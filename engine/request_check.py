@@ -18,6 +18,12 @@ def check_request(request: Request, config: EngineConfig, vocab_size: int, max_m
     bad = next((t for t in request.input_token_ids if not 0 <= t < vocab_size), None)
     if bad is not None:
         raise InvalidRequestError(f"token id {bad} is outside the vocabulary of {vocab_size}", param="prompt")
+    if request.emitted and params.n > 1:
+        raise InvalidRequestError(f"n must be 1 where tokens were emitted already, got {params.n}", param="n")
+    if len(request.emitted) > params.max_tokens:
+        raise InvalidRequestError(
+            f"{len(request.emitted)} emitted tokens are more than max_tokens {params.max_tokens}", param="emitted"
+        )
     budget, sparsity = request.attention.token_budget, config.sparsity
     if budget is not None and not sparsity.min_token_budget <= budget <= sparsity.max_token_budget:
         limits = f"{sparsity.min_token_budget} to {sparsity.max_token_budget}"

@@ -176,7 +176,8 @@ def _cut(scaled: torch.Tensor, floor: torch.Tensor, params: Sequence[SamplingPar
     """Raise the floor by top_k, then top_p; looks at the `width` best tokens, and at all where these do not decide."""
     before = floor
     best = scaled.topk(width).values
-    top_k = _column([p.top_k if p.top_k > 0 else scaled.shape[1] for p in params], scaled, torch.int64)
+    vocab = scaled.shape[1]
+    top_k = _column([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params], scaled, torch.int64)
     kth = best.gather(1, top_k.clamp(max=width) - 1)
     floor = torch.where(top_k <= width, torch.maximum(floor, kth), floor)
     top_p = _column([p.top_p for p in params], scaled, torch.float64)

@@ -1,6 +1,6 @@
 """The ranges of sampling parameters. No torch, so that a router can refuse a request before any engine sees it."""
 
-import math
+import sys
 
 from .errors import InvalidRequestError
 from .request import SamplingParams
@@ -8,6 +8,7 @@ from .request import SamplingParams
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
+LARGEST = sys.float_info.max
 
 
 def validate(params: SamplingParams, vocab_size: int) -> None:
@@ -19,7 +20,7 @@ def validate(params: SamplingParams, vocab_size: int) -> None:
     _check_range("min_p", params.min_p, 0.0, 1.0)
     _check_range("presence_penalty", params.presence_penalty, -2.0, 2.0)
     _check_range("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
-    if not 0.0 < params.repetition_penalty < math.inf:
+    if not 0.0 < params.repetition_penalty <= LARGEST:
         raise _error("repetition_penalty", f"must be a number above 0, got {params.repetition_penalty}")
     _check_range("max_tokens", params.max_tokens, 1)
     if params.logprobs is not None:
@@ -41,7 +42,7 @@ def _error(name: str, message: str) -> InvalidRequestError:
 
 
 def _check_range(name: str, value: float, low: float, high: float | None = None) -> None:
-    if math.isfinite(value) and low <= value and (high is None or value <= high):
+    if low <= value <= (LARGEST if high is None else high):
         return
     wanted = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
     raise _error(name, f"must be {wanted}, got {value}")
