@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
+from lserve.deployments.serve_environment import SERVE_ENVIRONMENT
 from lserve.deployments.settings import Settings, load_settings
 from lserve.engine.errors import SettingsError
 
@@ -100,6 +101,15 @@ def test_head_and_workers_have_the_same_environment(ray_service: dict[str, Any])
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     environments = [group["template"]["spec"]["containers"][0]["env"] for group in groups]
     assert all(environment == environments[0] for environment in environments)
+
+
+def test_ray_serve_is_set_up_as_it_was_measured(ray_service: dict[str, Any]) -> None:
+    container = ray_service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    kubernetes = {variable["name"]: variable.get("value") for variable in container["env"]}
+    options = yaml.safe_load((ROOT / "cluster.yaml").read_text())["docker"]["run_options"]
+    ray_up = dict(option.removeprefix("--env ").split("=") for option in options if option.startswith("--env "))
+    for environment in (kubernetes, ray_up):
+        assert SERVE_ENVIRONMENT.items() <= environment.items()
 
 
 def test_every_worker_finds_its_node_in_the_ray_service(ray_service: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import psutil
 
+from lserve.deployments import serve_environment
 from lserve.deployments.settings import Settings
 from lserve.engine.errors import LServeError
 
@@ -41,6 +42,7 @@ def local_ray(settings: Settings, *, dashboard: bool = False) -> Iterator[list[p
     which goes with the cluster. On exit every process that was started since is gone, killed where it does not end.
     """
     os.environ.update(_ENVIRONMENT, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    serve_environment.apply()
     import ray
 
     before = _descendants()

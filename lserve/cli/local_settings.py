@@ -13,7 +13,7 @@ from .demo_model import SERVED_NAME, demo_model
 
 # Low-bit pages, selection from 1,024 tokens on, and a handoff even for short prompts: the whole path, on two cores.
 DEMO: dict[str, Any] = {
-    "cache": {"kv_dtype": "int4"},
+    "cache": {"kv_dtype": "int4", "retrieval_pool_bytes": 512 << 20},  # nine requests of full length
     "sparsity": {"token_budget": 1024},
     "prefill": {"replicas": 1, "local_threshold": 0},
     "decode": {"replicas": 1},
