@@ -4,7 +4,7 @@
 
 Floors: bytes that must move over the copy bandwidth, or operations over the matrix rate, both measured in the same run.
 `fraction` is floor / measured. Times are medians of CUDA graph replays over buffers that together exceed the L2, so
-launches are part of them, Python is not. `--sweep` first times every listed tile of the decode kernels.
+launches are part of them, Python is not. `--sweep` first looks for better tiles of the decode kernels.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import multiprocessing
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,7 +36,6 @@ from lserve.kernels.weight_format import CHUNK, W4Weight, W8Weight
 HIDDEN, FEED_FORWARD, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
 LAYER = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 FORM = {"w4a8": "int8_sums", "int8": "int8", "fp8": "fp8"}
-PAST_L2 = 240 << 20
 Weight = W4Weight | W8Weight | torch.Tensor
 
 
@@ -229,7 +228,7 @@ class Waiting:
 @contextmanager
 def waiting() -> Iterator[None]:
     """Inside, every linear layer waits for the kernel ahead of it to finish before it starts."""
-    names = ("w4a8_decode_kernel", "w8a8_decode_kernel")
+    names = ("w4a8_decode_kernel", "w4a8_wide_kernel", "w8a8_decode_kernel")
     kept = {name: getattr(gpu_linear, name) for name in names}
     for name, kernel in kept.items():
         setattr(gpu_linear, name, Waiting(kernel))
@@ -314,103 +313,83 @@ def prefill_layers(rates: dict[str, float], num_tokens: int) -> list[Row]:
     return rows
 
 
-SHAPES = [
-    (16, 4, 4), (16, 8, 8), (16, 8, 4), (16, 16, 16), (32, 4, 4), (32, 8, 8), (32, 8, 4), (32, 4, 8), (32, 2, 4),
-    (64, 2, 4), (64, 4, 8), (64, 4, 4), (128, 2, 8), (128, 1, 4),
-]  # fmt: skip
-"""(columns, slots, warps) that are worth timing."""
+SHAPES = [(16, 8, 4), (32, 2, 4), (32, 4, 4), (32, 8, 4), (64, 4, 4), (64, 1, 4), (128, 1, 4)]
+"""(columns, slots, warps) of decode tiles that are worth timing; one slot is for W4A8 alone."""
 
 
-def sweep_tiles(batch: int, widest: int) -> list[DecodeTiles]:
-    """Tiles worth timing, without prefetch."""
-    block_m = min(max(triton.next_power_of_2(batch), 8), widest)
-    stages = (2, 3, 4) if block_m < 32 else (2, 3)
-    return [DecodeTiles(block_m, *shape, count) for shape, count in itertools.product(SHAPES, stages)]
+def sweep_tiles(form: str, batch: int) -> list[DecodeTiles]:
+    """Decode tiles worth timing."""
+    block_m = min(max(triton.next_power_of_2(batch), 8), 64)
+    found = []
+    for (block_n, slots, warps), stages, prefetch in itertools.product(SHAPES, (2, 3, 4, 6), (0, 8)):
+        if form != "w4a8" and (slots == 1 or prefetch):
+            continue
+        if form == "w4a8" and block_m > 32 and slots > 1:
+            continue
+        if stages < 6 or slots == 1:
+            found.append(DecodeTiles(block_m, block_n, slots, warps, stages, prefetch))
+    return found
 
 
-def launcher(form: str) -> Callable[..., torch.Tensor]:
-    """The decode launch that takes tiles."""
-    return gpu_linear.launch_w4a8_decode if form == "w4a8" else gpu_linear.launch_w8a8_decode
+def decode(x: QuantizedActivation, weight: Weight, tiles: DecodeTiles) -> torch.Tensor:
+    """A decode launch with given tiles."""
+    launch = gpu_linear.launch_w4a8_decode if isinstance(weight, W4Weight) else gpu_linear.launch_w8a8_decode
+    return launch(x, weight, None, torch.bfloat16, tiles)
 
 
 def warm(jobs: Sequence[tuple[str, int, DecodeTiles]]) -> None:
     """Compiles kernels into triton's cache (in a process of its own)."""
     for form, batch, tiles in jobs:
-        weight, x = random_weight(form, 4096, 4096), random_activation(batch, 4096, FORM[form])
         with suppress(triton.runtime.errors.OutOfResources):
-            launcher(form)(x, weight, None, torch.bfloat16, tiles)
+            decode(random_activation(batch, 4096, FORM[form]), random_weight(form, 4096, 4096), tiles)
 
 
-def sweep(copy: float, forms: Sequence[str], batches: Sequence[int], processes: int) -> dict[str, list[object]]:
-    """Every tile of every shape and batch, with and without overlap, then the best again with prefetch."""
-    results: dict[str, list[object]] = {}
+def sweep(forms: Sequence[str], batches: Sequence[int], processes: int) -> list[dict[str, object]]:
+    """From the launcher's tiles on, the best tiles of each matrix in turn, judged by the time of the whole layer."""
+    jobs = [(form, batch, tiles) for form in forms for batch in batches for tiles in sweep_tiles(form, batch)]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(warm, [jobs[i::processes] for i in range(processes)]))
+    tried: list[dict[str, object]] = []
+    for form in forms:
+        layers = [{name: random_weight(form, *shape) for name, shape in LAYER.items()} for _ in range(4)]
+        for batch in batches:
+            inputs = {width: random_activation(batch, width, FORM[form]) for width in (HIDDEN, FEED_FORWARD)}
+            best = {n: gpu_linear.decode_tiles(batch, LAYER[n][0], w.codes.dtype) for n, w in layers[0].items()}
 
-        def compile_all(jobs: Sequence[tuple[str, int, DecodeTiles]]) -> None:
-            list(pool.map(warm, [jobs[i::processes] for i in range(processes)]))
+            def layer_us(tiles: dict[str, DecodeTiles], layers=layers, inputs=inputs) -> float:
+                calls = [
+                    partial(decode, inputs[LAYER[n][1]], w, tiles[n]) for layer in layers for n, w in layer.items()
+                ]
+                return graph_us(calls, replays=7) * len(LAYER)
 
-        listed = [
-            (form, batch, tiles)
-            for form, batch in itertools.product(forms, batches)
-            for tiles in sweep_tiles(batch, 32 if form == "w4a8" else 64)
-        ]
-        compile_all(listed)
-        print(f"{len(listed)} variants compiled", flush=True)
-        timed: dict[tuple[str, str, int], list[tuple[float, DecodeTiles, bool]]] = {}
-        for phase in ("plain", "prefetch"):
-            if phase == "prefetch":
-                best = {key: [t for _, t, _ in sorted(rows, key=lambda r: r[0])[:6]] for key, rows in timed.items()}
-                again = {
-                    (form, batch, replace(tiles, prefetch=depth))
-                    for (form, _, batch), chosen in best.items()
-                    for tiles in chosen
-                    for depth in (4, 16)
-                }
-                compile_all(list(again))
-            for form, (name, (n, k)) in itertools.product(forms, LAYER.items()):
-                per_weight = n * k // (2 if form == "w4a8" else 1)
-                weights = [random_weight(form, n, k) for _ in range(max(2, PAST_L2 // per_weight))]
-                for batch in batches:
-                    x = random_activation(batch, k, FORM[form])
-                    rows = timed.setdefault((form, name, batch), [])
-                    if phase == "plain":
-                        tried = [
-                            (t, o) for t in sweep_tiles(batch, 32 if form == "w4a8" else 64) for o in (True, False)
-                        ]
-                    else:
-                        chosen = dict.fromkeys(best[form, name, batch])
-                        tried = [(replace(t, prefetch=depth), True) for t in chosen for depth in (4, 16)]
-                    for tiles, overlapped in tried:
-                        calls = [partial(launcher(form), x, w, None, torch.bfloat16, tiles) for w in weights]
-                        with suppress(triton.runtime.errors.OutOfResources), nullcontext() if overlapped else waiting():
-                            rows.append((graph_us(calls, replays=5), tiles, overlapped))
-    for (form, name, batch), rows in timed.items():
-        rows.sort(key=lambda row: row[0])
-        floor = weight_bytes(random_weight(form, *LAYER[name])) / copy
-        key = f"{form} {name} batch {batch}"
-        results[key] = [{"us": us, "overlap": overlapped, **asdict(tiles)} for us, tiles, overlapped in rows]
-        best_rows = "; ".join(
-            f"{us:.2f} (n{t.block_n} s{t.slots} w{t.num_warps} st{t.stages} pf{t.prefetch}{'' if o else ' off'})"
-            for us, t, o in rows[:5]
-        )
-        plain = next(us for us, t, o in rows if not o)
-        print(f"{key:<22} floor {floor:5.2f} best off {plain:.2f} best {best_rows}", flush=True)
-    return results
+            best_us = chosen_us = layer_us(best)
+            for name in LAYER:
+                for tiles in sweep_tiles(form, batch):
+                    with suppress(triton.runtime.errors.OutOfResources):
+                        us = layer_us(best | {name: tiles})
+                        tried.append({"form": form, "batch": batch, "matrix": name, "us": us, **asdict(tiles)})
+                        if us < best_us - 0.05:
+                            best_us, best = us, best | {name: tiles}
+            print(f"{form} batch {batch}: launcher's tiles {chosen_us:.2f} us, best {best_us:.2f} us", flush=True)
+            for name, tiles in best.items():
+                print(f"    {name}: {tiles}", flush=True)
+    return tried
 
 
 def main() -> None:
     """Prints one table and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write all figures")
-    parser.add_argument("--sweep", nargs="*", metavar="FORMAT", help="time every decode tile of these formats first")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--sweep", nargs="*", metavar="FORMAT", help="try decode tiles of these formats first")
+    parser.add_argument("--sweep-batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--tokens", type=int, default=8192, help="prompt tokens of the prefill rows")
     parser.add_argument("--processes", type=int, default=14, help="processes that compile for the sweep")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_linear needs a CUDA device")
     rates = ceilings()
-    swept = sweep(rates["copy"], options.sweep, options.batches, options.processes) if options.sweep else {}
+    swept = sweep(options.sweep, options.sweep_batches, options.processes) if options.sweep else []
     rows = row_operations(rates["copy"], options.tokens)
     rows += decode_layers(rates["copy"], options.batches)
     rows += overlap_gain(rates["copy"], options.batches)

@@ -21,10 +21,10 @@ def _x(num_tokens: int, form: ActivationFormat) -> QuantizedActivation:
     return empty_quantized(num_tokens, HIDDEN, torch.empty(0), form)
 
 
-def _w4() -> W4Weight:
+def _w4(num_columns: int) -> W4Weight:
     chunks = HIDDEN // CHUNK
-    codes, levels = torch.empty((chunks, COLUMNS, CHUNK // 2), dtype=torch.uint8), torch.empty(chunks, COLUMNS).int()
-    return W4Weight(codes, levels, torch.empty(COLUMNS), HIDDEN)
+    codes = torch.empty((chunks, num_columns, CHUNK // 2), dtype=torch.uint8)
+    return W4Weight(codes, torch.empty((chunks, num_columns), dtype=torch.int32), torch.empty(num_columns), HIDDEN)
 
 
 def _w8(dtype: torch.dtype) -> W8Weight:
@@ -32,9 +32,9 @@ def _w8(dtype: torch.dtype) -> W8Weight:
     return W8Weight(codes, torch.empty(COLUMNS))
 
 
-def _linear(num_tokens: int, form: ActivationFormat) -> Tensor:
+def _linear(num_tokens: int, form: ActivationFormat, num_columns: int = COLUMNS) -> Tensor:
     if form == "int8_sums":
-        return linear.linear_w4a8(_x(num_tokens, form), _w4(), None, torch.bfloat16)
+        return linear.linear_w4a8(_x(num_tokens, form), _w4(num_columns), None, torch.bfloat16)
     weight = _w8(torch.int8 if form == "int8" else torch.float8_e4m3fn)
     return linear.linear_w8a8(_x(num_tokens, form), weight, None, torch.bfloat16)
 
@@ -63,6 +63,8 @@ LINEAR_CASES = [
     Case("w4a8 batch 1", lambda: _linear(1, "int8_sums"), capabilities=PORTABLE),
     Case("w4a8 batch 16", lambda: _linear(16, "int8_sums")),
     Case("w4a8 batch 64", lambda: _linear(64, "int8_sums")),
+    Case("w4a8 batch 16, wide", lambda: _linear(16, "int8_sums", 2 * FEED_FORWARD), wgmma=("w4a8_wide_kernel",)),
+    Case("w4a8 batch 64, wide", lambda: _linear(64, "int8_sums", 2 * FEED_FORWARD), wgmma=("w4a8_wide_kernel",)),
     Case("w8a8 int8 batch 16", lambda: _linear(16, "int8")),
     Case("w8a8 fp8 batch 16", lambda: _linear(16, "fp8")),
     Case("w8a8 int8 8192 tokens", lambda: _prefill("int8"), wgmma=("w8a8_prefill_kernel",)),

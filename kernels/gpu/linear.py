@@ -10,19 +10,26 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..activation_format import QuantizedActivation
 from ..weight_format import CHUNK, W4Weight, W8Weight
-from .linear_decode import w4a8_decode_kernel, w8a8_decode_kernel
+from .linear_decode import w4a8_decode_kernel, w4a8_wide_kernel, w8a8_decode_kernel
 from .linear_prefill import decode_w4_kernel, w8a8_prefill_kernel
 from .overlap import can_overlap
 
 DECODE_TOKENS = 64
 """Batches up to here read weights at memory speed; larger ones go to the prefill kernels."""
 
+WIDE = 16384
+"""Columns from which a W4A8 matrix fills the chip with tiles that do not share K."""
+
 W8_BLOCK_K = 128
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeTiles:
-    """How a small batch is cut: a tile's tokens and columns, slots that share K, warps, stages, chunks prefetched."""
+    """How a small batch is cut: a tile's tokens and columns, slots that share K, warps, pipeline stages.
+
+    One slot means that warps share the columns instead (W4A8: `w4a8_wide_kernel`). prefetch: chunks of a W4A8 tile that
+    are asked for while the kernel ahead still runs.
+    """
 
     block_m: int
     block_n: int
@@ -45,9 +52,15 @@ class PrefillTiles:
 
 
 def decode_tiles(num_tokens: int, num_columns: int, dtype: torch.dtype) -> DecodeTiles:
-    """Tiles of a decode launch; dtype: of the weight's codes (uint8: W4A8)."""
-    block_m = min(max(triton.next_power_of_2(num_tokens), 8), 32 if dtype == torch.uint8 else 64)
-    return DecodeTiles(block_m, 32, 4, 4, 3)
+    """Tiles of a decode launch, as measured on an H200; dtype: of the weight's codes (uint8: W4A8)."""
+    block_m = max(triton.next_power_of_2(num_tokens), 8)
+    if dtype != torch.uint8:
+        return DecodeTiles(min(block_m, 64), 32, 4, 4, 3)
+    if num_columns >= WIDE and block_m > 8:
+        return DecodeTiles(min(block_m, 64), 64 if block_m > 32 else 128, 1, 4, 3 if block_m > 32 else 6, prefetch=4)
+    if block_m <= 8 and num_columns < WIDE:
+        return DecodeTiles(block_m, 16, 8, 4, 3, prefetch=8)
+    return DecodeTiles(min(block_m, 32), 32, 4, 4, 3, prefetch=4)
 
 
 def prefill_tiles(num_tokens: int) -> PrefillTiles:
@@ -102,14 +115,28 @@ def launch_w4a8_decode(
         return out
     num_chunks = triton.cdiv(num_channels, CHUNK)
     overlap = can_overlap(out.device)
+    even = num_columns % tiles.block_n == 0
     grid = (triton.cdiv(num_columns, tiles.block_n), triton.cdiv(num_tokens, tiles.block_m))
-    w4a8_decode_kernel[grid](
+    arguments = (
         x.codes, x.sums, x.scale, weight.codes, weight.levels, weight.scale, bias, out,
-        num_tokens, num_columns, num_channels, x.sums.shape[1], num_chunks, BIAS=bias is not None,
-        EVEN_N=num_columns % tiles.block_n == 0, EVEN_K=num_channels % (CHUNK * tiles.slots) == 0, SLOTS=tiles.slots,
-        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, STAGES=tiles.stages,
-        PDL=overlap, PREFETCH=tiles.prefetch if overlap else 0, num_warps=tiles.num_warps, launch_pdl=overlap,
+        num_tokens, num_columns, num_channels, x.sums.shape[1], num_chunks,
     )  # fmt: skip
+    options = {
+        "BIAS": bias is not None,
+        "EVEN_N": even,
+        "EVEN_K": num_channels % (CHUNK * tiles.slots) == 0,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "STAGES": tiles.stages,
+        "PDL": overlap,
+        "PREFETCH": min(tiles.prefetch, num_chunks) if overlap and even else 0,
+        "num_warps": tiles.num_warps,
+        "launch_pdl": overlap,
+    }
+    if tiles.slots == 1:
+        w4a8_wide_kernel[grid](*arguments, **options)
+    else:
+        w4a8_decode_kernel[grid](*arguments, SLOTS=tiles.slots, **options)
     return out
 
 
@@ -123,8 +150,6 @@ def launch_w8a8_decode(
     if out.numel() == 0:
         return out
     overlap = can_overlap(out.device)
-    # what is prefetched must lie inside a row
-    prefetch = min(tiles.prefetch, num_channels // W8_BLOCK_K) if overlap else 0
     grid = (triton.cdiv(num_columns, tiles.block_n), triton.cdiv(num_tokens, tiles.block_m))
     w8a8_decode_kernel[grid](
         x.codes, x.scale, weight.codes, weight.scale, bias, out,
@@ -132,7 +157,7 @@ def launch_w8a8_decode(
         EVEN_N=num_columns % tiles.block_n == 0, EVEN_K=num_channels % (W8_BLOCK_K * tiles.slots) == 0,
         SUM=tl.int32 if x.codes.dtype == torch.int8 else tl.float32, SLOTS=tiles.slots,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=W8_BLOCK_K, STAGES=tiles.stages,
-        PDL=overlap, PREFETCH=prefetch, num_warps=tiles.num_warps, launch_pdl=overlap,
+        PDL=overlap, num_warps=tiles.num_warps, launch_pdl=overlap,
     )  # fmt: skip
     return out
 

@@ -40,18 +40,71 @@ def high_nibbles(packed):
 
 
 @triton.jit
-def _finish(
-    total, tokens, columns, num_tokens, num_columns, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, BIAS: tl.constexpr
-):
+def _column_factors(columns, num_columns, w_scale_ptr, bias_ptr, BIAS: tl.constexpr):
+    """Scale and bias of a tile's columns: asked for before the loop, whose end would otherwise wait for them."""
+    kept = columns < num_columns
+    w_scale = tl.load(w_scale_ptr + columns, mask=kept, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=kept, other=0.0).to(tl.float32) if BIAS else w_scale
+    return w_scale, bias
+
+
+@triton.jit
+def _finish(total, tokens, columns, num_tokens, num_columns, x_scale, w_scale, bias, out_ptr, BIAS: tl.constexpr):
     """Scales, bias and store of a tile's sums [BLOCK_N, BLOCK_M]."""
+    out = total.to(tl.float32) * x_scale[None, :] * w_scale[:, None]
+    if BIAS:
+        out += bias[:, None]
+    target = out_ptr + tokens.to(tl.int64)[None, :] * num_columns + columns[:, None]
+    inside = (columns < num_columns)[:, None] & (tokens < num_tokens)[None, :]
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_groups", "num_chunks"])
+def w4a8_wide_kernel(
+    x_ptr, x_sums_ptr, x_scale_ptr, codes_ptr, levels_ptr, w_scale_ptr, bias_ptr, out_ptr,
+    num_tokens, num_columns, num_channels, num_groups, num_chunks,
+    BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """As w4a8_decode_kernel with one slot: for matrices with enough columns to fill the chip without sharing K."""
+    tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_column = tl.program_id(0) * BLOCK_N
+    columns = first_column + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, GROUP)
+    x_rows = x_ptr + (tokens.to(tl.int64) * num_channels)[None, :] + inner[:, None]
     present = tokens < num_tokens
     kept = columns < num_columns
-    out = total.to(tl.float32) * tl.load(x_scale_ptr + tokens, mask=present, other=0.0)[None, :]
-    out = out * tl.load(w_scale_ptr + columns, mask=kept, other=0.0)[:, None]
-    if BIAS:
-        out += tl.load(bias_ptr + columns, mask=kept, other=0.0).to(tl.float32)[:, None]
-    target = out_ptr + tokens.to(tl.int64)[None, :] * num_columns + columns[:, None]
-    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=kept[:, None] & present[None, :])
+    let_next_start(PDL)
+    for chunk in tl.static_range(PREFETCH):
+        prefetch_run(codes_ptr + (chunk * num_columns + first_column).to(tl.int64) * GROUP, BLOCK_N * GROUP)
+    w_scale, bias = _column_factors(columns, num_columns, w_scale_ptr, bias_ptr, BIAS)
+    after_previous(PDL)
+    x_scale = tl.load(x_scale_ptr + tokens, mask=present, other=0.0)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for step in tl.range(0, num_chunks, num_stages=STAGES):
+        rows = (step * num_columns + columns).to(tl.int64)
+        codes = codes_ptr + rows[:, None] * GROUP + inner[None, :]
+        if EVEN_N:
+            packed = tl.load(codes)
+            levels = tl.load(levels_ptr + rows)
+        else:
+            packed = tl.load(codes, mask=kept[:, None], other=0)
+            levels = tl.load(levels_ptr + rows, mask=kept, other=0)
+        low_inside = present[None, :]
+        high_inside = low_inside
+        if not EVEN_K:
+            low_inside &= (step * CHUNK + inner < num_channels)[:, None]
+            high_inside &= (step * CHUNK + GROUP + inner < num_channels)[:, None]
+        x_low = tl.load(x_rows + step * CHUNK, mask=low_inside, other=0)
+        x_high = tl.load(x_rows + step * CHUNK + GROUP, mask=high_inside, other=0)
+        sums = x_sums_ptr + tokens * num_groups + 2 * step
+        sums_low = tl.load(sums, mask=present, other=0)
+        sums_high = tl.load(sums + 1, mask=present & (2 * step + 1 < num_groups), other=0)
+        low = tl.dot(low_nibbles(packed), x_low, out_dtype=tl.int32)
+        high = tl.dot(high_nibbles(packed), x_high, out_dtype=tl.int32)
+        acc += low * (levels & 255)[:, None] + high * ((levels >> 16) & 255)[:, None]
+        acc += ((levels << 16) >> 24)[:, None] * sums_low[None, :] + (levels >> 24)[:, None] * sums_high[None, :]
+    _finish(acc, tokens, columns, num_tokens, num_columns, x_scale, w_scale, bias, out_ptr, BIAS)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_groups", "num_chunks"])
@@ -70,10 +123,11 @@ def w4a8_decode_kernel(
     present = tokens < num_tokens
     kept = columns < num_columns
     let_next_start(PDL)
-    if PREFETCH > 0:
-        for chunk in tl.range(0, tl.minimum(PREFETCH, num_chunks)):
-            prefetch_run(codes_ptr + (chunk.to(tl.int64) * num_columns + first_column) * GROUP, BLOCK_N * GROUP)
+    for chunk in tl.static_range(PREFETCH):
+        prefetch_run(codes_ptr + (chunk * num_columns + first_column).to(tl.int64) * GROUP, BLOCK_N * GROUP)
+    w_scale, bias = _column_factors(columns, num_columns, w_scale_ptr, bias_ptr, BIAS)
     after_previous(PDL)
+    x_scale = tl.load(x_scale_ptr + tokens, mask=present, other=0.0)
     acc = tl.zeros((SLOTS, BLOCK_N, BLOCK_M), tl.int32)
     for step in tl.range(0, tl.cdiv(num_chunks, SLOTS), num_stages=STAGES):
         chunks = step * SLOTS + slots
@@ -108,15 +162,14 @@ def w4a8_decode_kernel(
         acc += ((levels << 16) >> 24)[:, :, None] * sums_low[:, None, :]
         acc += (levels >> 24)[:, :, None] * sums_high[:, None, :]
     total = tl.sum(acc, axis=0)
-    _finish(total, tokens, columns, num_tokens, num_columns, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, BIAS)
+    _finish(total, tokens, columns, num_tokens, num_columns, x_scale, w_scale, bias, out_ptr, BIAS)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_chunks"])
 def w8a8_decode_kernel(
     x_ptr, x_scale_ptr, codes_ptr, w_scale_ptr, bias_ptr, out_ptr, num_tokens, num_columns, num_channels, num_chunks,
     BIAS: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, SUM: tl.constexpr, SLOTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -127,9 +180,9 @@ def w8a8_decode_kernel(
     present = tokens < num_tokens
     kept = columns < num_columns
     let_next_start(PDL)
-    if PREFETCH > 0:
-        prefetch_run(codes_ptr + tl.minimum(columns, num_columns - 1).to(tl.int64) * num_channels, PREFETCH * BLOCK_K)
+    w_scale, bias = _column_factors(columns, num_columns, w_scale_ptr, bias_ptr, BIAS)
     after_previous(PDL)
+    x_scale = tl.load(x_scale_ptr + tokens, mask=present, other=0.0)
     acc = tl.zeros((SLOTS, BLOCK_N, BLOCK_M), SUM)
     for step in tl.range(0, tl.cdiv(num_chunks, SLOTS), num_stages=STAGES):
         channels = (step * SLOTS + slots) * BLOCK_K
@@ -144,4 +197,4 @@ def w8a8_decode_kernel(
         x = tl.load(x_rows + channels[:, None, None], mask=x_inside, other=0.0)
         acc = tl.dot(codes, x, acc=acc, out_dtype=SUM)
     total = tl.sum(acc, axis=0)
-    _finish(total, tokens, columns, num_tokens, num_columns, x_scale_ptr, w_scale_ptr, bias_ptr, out_ptr, BIAS)
+    _finish(total, tokens, columns, num_tokens, num_columns, x_scale, w_scale, bias, out_ptr, BIAS)

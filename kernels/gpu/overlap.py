@@ -36,9 +36,11 @@ def after_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch_run(pointers, NUM_BYTES: tl.constexpr):
-    """Asks for NUM_BYTES (a multiple of 16) from each pointer on to be brought into the L2. Hopper on."""
+def prefetch_run(pointer, NUM_BYTES: tl.constexpr):
+    """Asks once for NUM_BYTES (a multiple of 16) from a scalar pointer on to be brought into the L2. Hopper on."""
+    # every thread runs the assembly of a scalar; one of them asks
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r", [pointers, NUM_BYTES], dtype=tl.int32, is_pure=False, pack=1,
+        """{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;
+        @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }""",
+        "=r,l,r", [pointer, NUM_BYTES], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip

@@ -49,7 +49,7 @@ def empty_quantized(num_tokens: int, num_channels: int, like: Tensor, form: Acti
 def row_block(num_channels: int) -> tuple[int, int]:
     """(BLOCK, num_warps) for one program a row: the row in registers, at most 32 values a thread to 16K channels."""
     block = max(triton.next_power_of_2(num_channels), GROUP)
-    return block, min(max(block // 512, 1), 16)
+    return block, min(max(block // 1024, 1), 16)
 
 
 def largest_code(form: ActivationFormat) -> float:

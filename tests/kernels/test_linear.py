@@ -81,12 +81,12 @@ def test_small_batches(path, out_dtype, num_tokens, num_columns, num_channels, b
             assert relative_error(out, oracle.linear(x.codes, x.scale, values, bias)) < limit
 
 
-@pytest.mark.parametrize(("block_n", "slots"), [(16, 1), (16, 2), (32, 4), (32, 8)])
+@pytest.mark.parametrize(("block_n", "slots"), [(64, 1), (16, 2), (32, 4), (32, 8)])
 def test_slots_share_k_and_add_up(block_n, slots):
     x = quantize_activation(torch.randn(5, 5 * CHUNK, device=DEVICE), "int8_sums")
     matrix = weight_matrix(100, 5 * CHUNK)
     w4, w8 = quantize_w4(matrix), quantize_w8(matrix, torch.int8)
-    tiles = gpu_linear.DecodeTiles(8, block_n, slots, 4, 2, prefetch=2)
+    tiles = gpu_linear.DecodeTiles(8, block_n, slots, 4, 2)
     for weight, launch, path in (
         (w4, gpu_linear.launch_w4a8_decode, linear.linear_w4a8),
         (w8, gpu_linear.launch_w8a8_decode, linear.linear_w8a8),
