@@ -79,17 +79,20 @@ def random_lists(start: int, tokens: int, share: float) -> tuple[BlockLists, flo
 
 
 def timed(function: Callable[[], object], repeats: int) -> float:
-    """Median milliseconds after two warm-up calls."""
-    samples = []
-    for i in range(repeats + 2):
+    """Median milliseconds of a call; short ones are timed several at a time, so that launching does not count."""
+
+    def sample(calls: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        function()
+        for _ in range(calls):
+            function()
         end.record()
         end.synchronize()
-        if i >= 2:
-            samples.append(begin.elapsed_time(end))
-    return statistics.median(samples)
+        return begin.elapsed_time(end) / calls
+
+    sample(1)
+    calls = max(1, int(10 / sample(1)))
+    return statistics.median(sample(calls) for _ in range(repeats))
 
 
 def bench(tokens: int, repeats: int) -> list[dict[str, float | str]]:
@@ -116,8 +119,8 @@ def bench(tokens: int, repeats: int) -> list[dict[str, float | str]]:
     dense = timed(lambda: prefill_attention(*inputs.tensors, inputs.layer, inputs.batch), repeats)
     add("dense", dense, operations, f"{cudnn / dense:.3f} of cuDNN's rate", cudnn / dense)
     out = torch.empty_like(inputs.tensors[0])
-    tiles = gpu.query_tiles(inputs.batch.starts, inputs.batch.lengths, out.device)
-    arguments = (*inputs.tensors, out, inputs.layer, inputs.batch, inputs.layer.retrieval_heads, tiles, None)
+    tiles = gpu.query_tiles(inputs.batch, out.device)
+    arguments = (*inputs.tensors, out, inputs.layer, inputs.layer.retrieval_heads, tiles, None)
     portable = timed(lambda: gpu.launch(*arguments, streaming=False), repeats)
     add("dense, portable kernel", portable, operations, f"{cudnn / portable:.3f} of cuDNN's rate", cudnn / portable)
 

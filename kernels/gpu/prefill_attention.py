@@ -46,31 +46,26 @@ def _prefill_attention(
     query, query_token, query_head,
     key_edges, value_edges, decoded_key_edges, decoded_value_edges, decoded_keys, decoded_values,
     out, out_token, out_head,
-    heads, tiles, starts, query_offsets, scratch_offsets,
+    heads, tiles,
     blocks, blocks_row, blocks_head, counts, counts_row,
     num_tiles, sink_size, local_window, log2_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EDGE: tl.constexpr, STREAMING: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See the module's docstring. tiles: int32 [n, 3] (request, its query block, query block in the batch)."""
+    """See the module's docstring; tiles as `query_tiles` makes them."""
     program = tl.program_id(0)
     kv_head = tl.load(heads + program // (num_tiles * (BLOCK // BLOCK_M) * GROUP)).to(tl.int32)
     head = kv_head * GROUP + program % GROUP
-    tile = program // GROUP % (num_tiles * (BLOCK // BLOCK_M)) // (BLOCK // BLOCK_M)
-    half = program // GROUP % (BLOCK // BLOCK_M)
-    request = tl.load(tiles + 3 * tile)
-    diagonal = tl.load(tiles + 3 * tile + 1)
-    start = tl.load(starts + request)
-    first_token = tl.load(query_offsets + request)
-    length = tl.load(query_offsets + request + 1) - first_token
-    scratch = tl.load(scratch_offsets + request)
-
-    in_chunk = diagonal * BLOCK + half * BLOCK_M
-    if in_chunk >= length:
+    tile = tiles + 5 * (program // GROUP % (num_tiles * (BLOCK // BLOCK_M)) // (BLOCK // BLOCK_M))
+    block_position = tl.load(tile)
+    first_token = tl.load(tile + 1)
+    length = tl.load(tile + 2)
+    scratch = tl.load(tile + 3)
+    first_row = program // GROUP % (BLOCK // BLOCK_M) * BLOCK_M
+    if first_row >= length:
         return
-    diagonal += start // BLOCK
-    rows = in_chunk + tl.arange(0, BLOCK_M)
-    position = start + rows
+    rows = first_row + tl.arange(0, BLOCK_M)
+    position = block_position + rows
     channels = tl.arange(0, BLOCK_D)
     edge = tl.arange(0, EDGE)
     wide = (rows < length)[:, None] & (channels < HEAD_DIM)[None, :]
@@ -83,8 +78,8 @@ def _prefill_attention(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if STREAMING:
-        first_position = start + in_chunk
-        diagonal_page = diagonal * (BLOCK // PAGE)
+        first_position = block_position + first_row
+        diagonal_page = block_position // PAGE
         sink_pages = tl.minimum((sink_size + PAGE - 1) // PAGE, diagonal_page)
         window_page = tl.maximum(tl.maximum(first_position - local_window + 1, 0) // PAGE, sink_pages)
         for i in tl.range((sink_pages + tl.maximum(diagonal_page - window_page, 0)) * (PAGE // EDGE)):
@@ -98,8 +93,8 @@ def _prefill_attention(
             acc, peak, total = _accumulate(q, k, v, visible, acc, peak, total, log2_scale, True, PRECISION)
     else:
         PARTS: tl.constexpr = BLOCK // BLOCK_N
-        row = tl.load(tiles + 3 * tile + 2).to(tl.int64)
-        num_blocks = diagonal
+        row = tl.load(tile + 4).to(tl.int64)
+        num_blocks = block_position // BLOCK
         if LISTED:
             num_blocks = tl.load(counts + row * counts_row + head) - 1
             blocks += row * blocks_row + head * blocks_head
@@ -111,24 +106,23 @@ def _prefill_attention(
             v = decoded_values.load([kv_head, at, 0]).reshape([BLOCK_N, BLOCK_D])
             acc, peak, total = _accumulate(q, k, v, True, acc, peak, total, log2_scale, False, PRECISION)
 
-    page = in_chunk // BLOCK * BLOCK
-    last_row = tl.minimum(in_chunk + BLOCK_M, length)
-    decoded_edges = tl.where(last_row > page + PAGE, PAGE // EDGE, 0)
+    last_row = tl.minimum(first_row + BLOCK_M, length)
+    decoded_edges = tl.where(last_row > PAGE, PAGE // EDGE, 0)
     for i in tl.range(decoded_edges, num_stages=1):
-        at = start + page + i * EDGE
+        at = block_position + i * EDGE
         k = decoded_key_edges.load([kv_head, scratch + at, 0]).reshape([EDGE, BLOCK_D])
         v = decoded_value_edges.load([kv_head, scratch + at, 0]).reshape([EDGE, BLOCK_D])
         column = at + edge
-        visible = position[:, None] >= start + page + PAGE
+        visible = position[:, None] >= block_position + PAGE
         if STREAMING:
             visible &= (column[None, :] < sink_size) | (position[:, None] - column[None, :] < local_window)
         acc, peak, total = _accumulate(q, k, v, visible, acc, peak, total, log2_scale, True, PRECISION)
-    for at in tl.range(in_chunk // PAGE * PAGE, last_row, EDGE, num_stages=1):
+    for at in tl.range(first_row // PAGE * PAGE, last_row, EDGE, num_stages=1):
         k = key_edges.load([first_token + at, kv_head, 0]).reshape([EDGE, BLOCK_D])
         v = value_edges.load([first_token + at, kv_head, 0]).reshape([EDGE, BLOCK_D])
         token = at + edge
         v = tl.where((token < length)[:, None], v, 0.0)
-        column = start + token
+        column = block_position + token
         visible = (column[None, :] <= position[:, None]) & (position[:, None] // PAGE == column[None, :] // PAGE)
         if STREAMING:
             visible &= (column[None, :] < sink_size) | (position[:, None] - column[None, :] < local_window)
@@ -139,14 +133,27 @@ def _prefill_attention(
     tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=wide)
 
 
+def query_tiles(batch: PrefillBatch, device: torch.device) -> torch.Tensor:
+    """The batch's query blocks, longest history first, int32 [n, 5].
+
+    Each is (its first position, its first token in the batch, the chunk's tokens from there on, where the scratch holds
+    its request's position 0, its number among the batch's query blocks).
+    """
+    return _query_tiles(batch.starts, batch.lengths, batch.scratch_offsets, device)
+
+
 @lru_cache(maxsize=16)
-def query_tiles(starts: tuple[int, ...], lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """The query blocks, longest history first: int32 [n, 3] of (request, its query block, query block in the batch)."""
-    tiles: list[tuple[int, int, int]] = []
-    for request, length in enumerate(lengths):
-        tiles += [(request, block, len(tiles) + block) for block in range(triton.cdiv(length, BLOCK.value))]
-    tiles.sort(key=lambda tile: -(starts[tile[0]] // BLOCK.value + tile[1]))
-    table = torch.tensor(tiles, dtype=torch.int32)
+def _query_tiles(
+    starts: tuple[int, ...], lengths: tuple[int, ...], scratch_offsets: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    tiles: list[tuple[int, ...]] = []
+    first = 0
+    for start, length, scratch in zip(starts, lengths, scratch_offsets, strict=True):
+        for row in range(0, length, BLOCK.value):
+            tiles.append((start + row, first + row, length - row, scratch, len(tiles)))
+        first += length
+    tiles.sort(key=lambda tile: -tile[0])
+    table = torch.tensor(tiles, dtype=torch.int32).view(-1, 5)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
@@ -162,9 +169,9 @@ def tile_shape(head_dim: int, dtype: torch.dtype, streaming: bool) -> dict[str, 
     if dtype == torch.float32:
         return {"BLOCK_M": 64 if head_dim <= 128 else 32, "BLOCK_N": 32, "EDGE": 32, "num_warps": 4, "num_stages": 1}
     if head_dim > 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "EDGE": 32 if streaming else 16, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "EDGE": 32, "num_warps": 8, "num_stages": 2}
     if streaming:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "EDGE": 64, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "EDGE": 64, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "EDGE": 64, "num_warps": 8, "num_stages": 2}
 
 
@@ -180,8 +187,8 @@ def prefill_attention(
 ) -> torch.Tensor:
     """See `kernels.prefill_attention.prefill_attention`; one launch for each head class that has heads."""
     out = torch.empty_like(query)
-    tiles = query_tiles(batch.starts, batch.lengths, query.device)
-    tensors = (query, key, value, scratch_key, scratch_value, out, layer, batch)
+    tiles = query_tiles(batch, query.device)
+    tensors = (query, key, value, scratch_key, scratch_value, out, layer)
     if layer.retrieval_heads.numel() and len(tiles):
         hopper = _hopper(query, key, value, scratch_key)
         if hopper is not None:
@@ -212,7 +219,6 @@ def launch(
     scratch_value: torch.Tensor,
     out: torch.Tensor,
     layer: LayerView,
-    batch: PrefillBatch,
     heads: torch.Tensor,
     tiles: torch.Tensor,
     lists: BlockLists | None,
@@ -229,7 +235,7 @@ def launch(
         *(TensorDescriptor.from_tensor(x, [1, edge, block_d]) for x in (scratch_key, scratch_value)),
         *(TensorDescriptor.from_tensor(x, [1, block, block_d]) for x in (scratch_key, scratch_value)),
         out, out.stride(0), out.stride(1),
-        heads, tiles, batch.starts_device, batch.query_offsets_device, batch.scratch_offsets_device,
+        heads, tiles,
         *list_arguments(lists, tiles),
         len(tiles), layer.sink_size, layer.local_window, layer.scale * LOG2_E,
         GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, STREAMING=streaming, LISTED=lists is not None,

@@ -19,31 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..views import BlockLists, LayerView, PrefillBatch
+from ..views import BlockLists, LayerView
 from .prefill_attention import LOG2_E, list_arguments
 
 BLOCK = gl.constexpr(128)
 PAGE = gl.constexpr(64)
-
-
-@gluon.jit
-def _place(program, heads, tiles, starts, query_offsets, scratch_offsets, num_tiles, GROUP: gl.constexpr):
-    """A program's (head, KV head, first token, tokens left, first position, scratch offset, query block)."""
-    kv_head = gl.load(heads + program // (num_tiles * GROUP)).to(gl.int32)
-    tile = tiles + 3 * (program % (num_tiles * GROUP) // GROUP)
-    request = gl.load(tile)
-    in_chunk = gl.load(tile + 1) * BLOCK
-    first_token = gl.load(query_offsets + request)
-    length = gl.load(query_offsets + request + 1) - first_token
-    return (
-        kv_head * GROUP + program % GROUP,
-        kv_head,
-        first_token + in_chunk,
-        length - in_chunk,
-        gl.load(starts + request) + in_chunk,
-        gl.load(scratch_offsets + request),
-        gl.load(tile + 2).to(gl.int64),
-    )
 
 
 @gluon.jit
@@ -96,24 +76,34 @@ def _softmax(logits, peak, total, log2_scale):
 
 
 @gluon.jit
-def _attend_page(q, k, v, acc, peak, total, log2_scale, CAUSAL: gl.constexpr):
-    """One page of 64 keys for 64 rows, start to end. q, k, v: [64, D] in shared memory; acc [64, D]."""
+def _attend_diagonal(q, k_pages, v_pages, acc, log2_scale, WHICH: gl.constexpr):
+    """The row's first keys: its own page, causal, and for the second page of the tile the one before it."""
     o_layout: gl.constexpr = acc.type.layout
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PAGE, 16])
+    weight_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     zero = gl.zeros([PAGE, PAGE], gl.float32, layout)
-    logits = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    logits = warpgroup_mma_wait(0, deps=[logits])
-    if CAUSAL:
-        rows = gl.arange(0, PAGE, gl.SliceLayout(1, layout))
-        columns = gl.arange(0, PAGE, gl.SliceLayout(0, layout))
-        logits = gl.where(columns[None, :] <= rows[:, None], logits, -float("inf"))
-    rows_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    weights, decay, peak, total = _softmax(
-        logits, gl.convert_layout(peak, rows_layout), gl.convert_layout(total, rows_layout), log2_scale
-    )
-    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None]
-    weights = gl.convert_layout(weights.to(v.dtype), gl.DotOperandLayout(0, o_layout, 2))
-    acc = warpgroup_mma(weights, v, acc, is_async=True)
+    own = warpgroup_mma(q, k_pages.index(3 * WHICH).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if WHICH == 1:
+        before = warpgroup_mma(q, k_pages.index(2).permute((1, 0)), zero, use_acc=False, is_async=True)
+        own, before = warpgroup_mma_wait(0, deps=[own, before])
+    else:
+        own = warpgroup_mma_wait(0, deps=[own])
+    rows = gl.arange(0, PAGE, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, PAGE, gl.SliceLayout(0, layout))
+    own = gl.where(columns[None, :] <= rows[:, None], own, -float("inf"))
+    peak = gl.max(own, 1)
+    if WHICH == 1:
+        peak = gl.maximum(peak, gl.max(before, 1))
+    peak = peak * log2_scale
+    weights = gl.exp2(own * log2_scale - peak[:, None])
+    total = gl.sum(weights, 1)
+    weights = gl.convert_layout(weights.to(q.dtype), weight_layout)
+    acc = warpgroup_mma(weights, v_pages.index(3 * WHICH), acc, is_async=True)
+    if WHICH == 1:
+        weights = gl.exp2(before * log2_scale - peak[:, None])
+        total += gl.sum(weights, 1)
+        weights = gl.convert_layout(weights.to(q.dtype), weight_layout)
+        acc = warpgroup_mma(weights, v_pages.index(2), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     return acc, peak, total
 
@@ -140,8 +130,6 @@ def _consume(buffers, barriers, tile, WHICH: gl.constexpr, HEAD_DIM: gl.constexp
     mbarrier.arrive(v_free.index(1 - WHICH))
     q = q_pages.index(WHICH)
     acc = gl.zeros([PAGE, HEAD_DIM], gl.float32, o_layout)
-    peak = gl.full([PAGE], -1e38, gl.float32, rows_layout)
-    total = gl.zeros([PAGE], gl.float32, rows_layout)
     mbarrier.wait(q_ready, 0)
     mbarrier.wait(k_ready.index(WHICH), 0)
     mbarrier.wait(v_ready.index(WHICH), 0)
@@ -153,9 +141,7 @@ def _consume(buffers, barriers, tile, WHICH: gl.constexpr, HEAD_DIM: gl.constexp
         kept = own_v.load(plain)
         own_v.store(gl.where((row < left)[:, None], kept, gl.zeros_like(kept)))
         fence_async_shared()
-    if WHICH == 1:
-        acc, peak, total = _attend_page(q, k_pages.index(2), v_pages.index(2), acc, peak, total, log2_scale, False)
-    acc, peak, total = _attend_page(q, k_pages.index(3 * WHICH), own_v, acc, peak, total, log2_scale, True)
+    acc, peak, total = _attend_diagonal(q, k_pages, v_pages, acc, log2_scale, WHICH)
     peak = gl.convert_layout(peak, rows_layout)
     total = gl.convert_layout(total, rows_layout)
     mbarrier.arrive(k_free.index(WHICH))
@@ -202,15 +188,21 @@ def _consume(buffers, barriers, tile, WHICH: gl.constexpr, HEAD_DIM: gl.constexp
 def _prefill_attention(
     queries, keys, values, key_pages, value_pages, key_blocks, value_blocks,
     out, out_token, out_head, scratch_head_rows,
-    heads, tiles, starts, query_offsets, scratch_offsets,
+    heads, tiles,
     blocks, blocks_row, blocks_head, counts, counts_row,
     num_tiles, log2_scale,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, LISTED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """See the module's docstring. tiles: int32 [n, 3] (request, its query block, query block in the batch)."""
-    head, kv_head, token, tokens_left, position, scratch, row = _place(
-        gl.program_id(0), heads, tiles, starts, query_offsets, scratch_offsets, num_tiles, GROUP
-    )
+    """See the module's docstring; tiles as `query_tiles` makes them."""
+    program = gl.program_id(0)
+    kv_head = gl.load(heads + program // (num_tiles * GROUP)).to(gl.int32)
+    head = kv_head * GROUP + program % GROUP
+    tile = tiles + 5 * (program % (num_tiles * GROUP) // GROUP)
+    position = gl.load(tile)
+    token = gl.load(tile + 1)
+    tokens_left = gl.load(tile + 2)
+    scratch = gl.load(tile + 3)
+    row = gl.load(tile + 4).to(gl.int64)
     num_blocks = position // BLOCK
     if LISTED:
         num_blocks = gl.load(counts + row * counts_row + head) - 1
@@ -241,12 +233,12 @@ def _prefill_attention(
     scratch_row = kv_head * scratch_head_rows + scratch
     first: gl.constexpr = 0
     second: gl.constexpr = 1
-    tile = (tile_out, out_token, tokens_left, num_blocks, log2_scale)
+    rest = (tile_out, out_token, tokens_left, num_blocks, log2_scale)
     source = (token, position, scratch_row, head, kv_head, blocks, num_blocks)
     gl.warp_specialize(
         [
-            (_consume, (buffers, barriers, tile, first, HEAD_DIM, STAGES)),
-            (_consume, (buffers, barriers, tile, second, HEAD_DIM, STAGES)),
+            (_consume, (buffers, barriers, rest, first, HEAD_DIM, STAGES)),
+            (_consume, (buffers, barriers, rest, second, HEAD_DIM, STAGES)),
             (_produce, (descriptors, buffers, barriers, source, HEAD_DIM, STAGES, LISTED)),
         ],
         [4, 1],
@@ -282,7 +274,6 @@ def launch(
     scratch_value: torch.Tensor,
     out: torch.Tensor,
     layer: LayerView,
-    batch: PrefillBatch,
     heads: torch.Tensor,
     tiles: torch.Tensor,
     lists: BlockLists | None,
@@ -303,7 +294,7 @@ def launch(
         _rows(value, num_tokens, kv_heads * head_dim, value.stride(0), PAGE.value),
         *scratch,
         out, out.stride(0), out.stride(1), head_rows,
-        heads, tiles, batch.starts_device, batch.query_offsets_device, batch.scratch_offsets_device,
+        heads, tiles,
         *list_arguments(lists, tiles),
         len(tiles), layer.scale * LOG2_E,
         GROUP=num_heads // kv_heads, HEAD_DIM=head_dim, LISTED=lists is not None, STAGES=2,

@@ -41,20 +41,23 @@ def _score_groups(
         return
     request = tl.load(tile)
     first_row = tl.load(tile + 1)
-    first_token = tl.load(query_offsets + request).to(tl.int64)
+    first_token = tl.load(query_offsets + request)
     length = tl.load(query_offsets + request + 1) - first_token
     key_group = tl.load(scratch_offsets + request) // STRIDE + first_column
 
     rows = first_row + tl.arange(0, BLOCK_M)
     channels = tl.arange(0, BLOCK_D)
     head = kv_head * GROUP + program % GROUP
-    q_at = query + (first_token + rows * STRIDE)[:, None] * query_token + head * query_head + channels[None, :]
+    q_at = query + first_token.to(tl.int64) * query_token + head * query_head
+    q_at += (rows * STRIDE)[:, None].to(tl.int64) * query_token + channels[None, :]
     logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in range(STRIDE * PARTS):
         s = i // PARTS
         channel = (i - s * PARTS) * BLOCK_D
-        there = (channels + channel < HEAD_DIM)[None, :]
-        q = tl.load(q_at + s * query_token + channel, mask=(rows * STRIDE + s < length)[:, None] & there, other=0.0)
+        there = (rows * STRIDE + s < length)[:, None]
+        if HEAD_DIM % BLOCK_D:
+            there = there & (channels + channel < HEAD_DIM)[None, :]
+        q = tl.load(q_at + s * query_token + channel, mask=there, other=0.0)
         column = (STRIDE - 1 - s) * HEAD_DIM + channel
         k = key_groups.load([kv_head, key_group, column]).reshape([BLOCK_N, BLOCK_D])
         logits = tl.dot(q, tl.trans(k), logits, input_precision=PRECISION)
@@ -149,7 +152,7 @@ def score_shape(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 32, "num_warps": 4, "num_stages": 1}
     block_d = min(64, triton.next_power_of_2(head_dim))
-    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_D": block_d, "num_warps": 8, "num_stages": 4}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": block_d, "num_warps": 8, "num_stages": 3}
 
 
 def prefill_blocks(
