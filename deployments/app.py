@@ -13,6 +13,9 @@ from .settings import Settings, WorkerResources, load_settings
 UNLIMITED = 100_000
 """Serve's own limits stay out of the way: the router admits, and engines say when they are full."""
 
+ADDRESSED_ROUTER = "lserve.deployments.routing:AddressedRouter"
+LEASE_ROUTER = "lserve.deployments.lease_router:LeaseRouter"
+
 DRAIN_CHECK_S = 0.2
 """How often a replica that is shut down looks whether its calls have ended."""
 
@@ -25,7 +28,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     settings = load_settings(args)
     prefill = None
     if settings.prefill.replicas:
-        prefill = worker(PrefillDeployment, settings.prefill).options(name="PrefillWorker").bind(settings)
+        prefill = worker(PrefillDeployment, settings.prefill, LEASE_ROUTER).options(name="PrefillWorker").bind(settings)
     decode = worker(DecodeDeployment, settings.decode).options(name="DecodeWorker").bind(settings, prefill)
     return bind_router(settings, decode)
 
@@ -35,10 +38,9 @@ def bind_router(settings: Settings, decode: serve.Application, tokenizer: Tokeni
     return _deployment(Router, settings.router).bind(settings, decode, tokenizer)
 
 
-def worker(kind: type, role: WorkerResources) -> serve.Deployment:
-    """A deployment of this class whose replicas can be called by name (`routing.AddressedRouter`)."""
-    addressed: Any = "lserve.deployments.routing:AddressedRouter"
-    return _deployment(kind, role).options(request_router_config=RequestRouterConfig(request_router_class=addressed))
+def worker(kind: type, role: WorkerResources, router: Any = ADDRESSED_ROUTER) -> serve.Deployment:
+    """A deployment of this class whose replicas can be called by name."""
+    return _deployment(kind, role).options(request_router_config=RequestRouterConfig(request_router_class=router))
 
 
 def _deployment(kind: type, role: WorkerResources) -> serve.Deployment:

@@ -14,6 +14,7 @@ from .handoff import Handoff
 from .messages import PrefixHint, WorkerInfo, WorkerLoad
 from .metrics import Metrics, ServeInstrument
 from .prefill_pool import PrefillPool
+from .replica_logging import log_to_stderr
 from .routing import own_worker_id
 from .serve_prefill_pool import ServePrefillPool
 from .settings import Settings
@@ -116,6 +117,7 @@ class DecodeDeployment(DecodeWorker):
     """The Ray Serve deployment; bound in `app.py`. prefill: handle of the prefill deployment, None when unified."""
 
     def __init__(self, settings: Settings, prefill: "DeploymentHandle[object] | None" = None) -> None:
+        log_to_stderr()
         worker = Worker(settings, "decode", own_worker_id(), Metrics(ServeInstrument))
         super().__init__(worker, None if prefill is None else ServePrefillPool(prefill))
 

@@ -12,6 +12,7 @@ from lserve.engine.results import ChunkReady, EngineLoad
 from .engine_loop import Subscription
 from .messages import LeaseCall, PrefillRequest, PrefillStarted, WorkerInfo
 from .metrics import Metrics, ServeInstrument
+from .replica_logging import log_to_stderr
 from .routing import own_worker_id
 from .settings import Settings
 from .worker import Worker
@@ -124,6 +125,7 @@ class PrefillDeployment(PrefillWorker):
     """The Ray Serve deployment; bound in `app.py`."""
 
     def __init__(self, settings: Settings) -> None:
+        log_to_stderr()
         super().__init__(Worker(settings, "prefill", own_worker_id(), Metrics(ServeInstrument)))
 
     async def __del__(self) -> None:

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -81,6 +82,19 @@ class RunningCluster:
     def kill(self, process: psutil.Process) -> None:
         """Without any warning."""
         os.kill(process.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Shuts the application down, with time for what it has begun."""
+        from ray import serve
+
+        serve.delete(APPLICATION)
+
+    def num_retries(self) -> int:
+        """How often a decode worker has asked for a prefill again, as the workers' logs say."""
+        import ray
+
+        logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+        return sum(path.read_text(errors="replace").count("prefill ended with") for path in logs.glob("worker-*.err"))
 
     def metric(self, name: str, **labels: str) -> float:
         """A metric's sum over all replicas with these labels; Ray exports with some seconds' delay."""

@@ -164,10 +164,12 @@ def test_a_prefill_worker_killed_in_a_prefill_costs_time_only(client: OpenAI, ru
         eventually(lambda: any(load.running for load in running.counts("PrefillWorker")), 20)
         running.kill(running.workers("PrefillWorker")[0])
 
+    before = running.num_retries()
     killer = threading.Thread(target=kill_while_it_computes)
     killer.start()
     disturbed = ask(client, running, messages)
     killer.join()
+    assert running.num_retries() > before
     running.wait_until_ready()
     running.wait_until_idle()
     undisturbed = ask(client, running, messages)
@@ -206,6 +208,22 @@ def test_prefixes_outlive_every_worker(client: OpenAI, running: RunningCluster) 
     assert after.usage.prompt_tokens_details.cached_tokens >= 896
     assert after.choices[0].message.content == before.choices[0].message.content
     running.wait_until_idle()
+
+
+def test_a_cluster_that_is_shut_down_finishes_what_it_began(client: OpenAI, running: RunningCluster) -> None:
+    """Last in this file: nothing is served afterwards."""
+    messages, asked = chat_about(LICENSE[3000:10_000]), {"max_tokens": 24}
+    replies: list[Any] = []
+    request = threading.Thread(target=lambda: replies.append(ask(client, running, messages, **asked)))
+    request.start()
+    eventually(lambda: any(load.running for load in running.counts("PrefillWorker")), 20)
+    before = running.num_retries()
+    processes = running.workers("PrefillWorker") + running.workers("DecodeWorker")
+    running.stop()
+    request.join()
+    assert replies[0].usage.completion_tokens == 24
+    assert running.num_retries() == before  # its pages came from the worker that was draining
+    assert not any(process.is_running() for process in processes)
 
 
 def busiest(running: RunningCluster) -> Any:
