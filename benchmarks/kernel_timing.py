@@ -54,11 +54,26 @@ def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 15, rounds: i
     return statistics.median(times)
 
 
+def copy_us(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], repeats: int = 15, rounds: int = 4) -> float:
+    """Median microseconds of one plain copy (target, source), launched one by one: inside a graph a copy becomes a slower memcpy node."""
+    times = []
+    for _ in range(repeats + 2):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(rounds):
+            for target, source in pairs:
+                target.copy_(source)
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / (rounds * len(pairs)))
+    return statistics.median(times[2:])
+
+
 def measure_ceilings() -> Ceilings:
     """Copies and reads 4 GB, multiplies 8192-cubed."""
     source = torch.randint(0, 255, (4 << 30,), dtype=torch.uint8, device="cuda").view(torch.int64)
     target = torch.empty_like(source)
-    copy = 2 * source.nbytes / graph_us([lambda: target.copy_(source)]) * 1e6
+    copy = 2 * source.nbytes / copy_us([(target, source)]) * 1e6
     read = source.nbytes / graph_us([lambda: source.view(torch.float32).amax()]) * 1e6
     a, b = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda")
     bf16 = 2 * 8192**3 / graph_us([lambda: a @ b], rounds=3) * 1e6

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from kernel_timing import Ceilings, Row, graph_us
+from kernel_timing import Ceilings, Row, copy_us, graph_us
 
 from lserve.kernels.decode_attention import decode_attention
 from lserve.kernels.kv_read import read_pages
@@ -104,7 +104,7 @@ def dense_decode(ceilings: Ceilings) -> list[Row]:
             if kv_dtype in ("k8v4", "bf16") and (context, num_batch) != (65536, 8):
                 continue
             layers = max(1, 8 * 65536 // (context * num_batch) // 4)
-            inputs = DecodeInputs(context, num_batch, kv_dtype, 0, DENSE if num_batch else 0, layers)
+            inputs = DecodeInputs(context, num_batch, kv_dtype, 0, DENSE, layers)
             us = graph_us(inputs.attend())
             read = (context // PAGE - 1) * num_batch * KV_HEADS * inputs.layout.slot_bytes
             fraction = read / ceilings.copy / us * 1e6
@@ -115,7 +115,7 @@ def dense_decode(ceilings: Ceilings) -> list[Row]:
                     f">= {bar} of copy bandwidth" if bar else "", None if bar is None else fraction >= bar,
                 )
             )  # fmt: skip
-        return rows
+    return rows
 
 
 def sparse_decode(ceilings: Ceilings) -> list[Row]:
@@ -167,7 +167,7 @@ def page_traffic(ceilings: Ceilings) -> list[Row]:
         key, value = torch.randn(2, buffers, num_pages, PAGE, KV_HEADS, HEAD_DIM, device="cuda").bfloat16()
         moved = 2 * key[0].nbytes + num_pages * KV_HEADS * layout.slot_bytes
         source, target = torch.empty(2, buffers, moved // 2, dtype=torch.uint8, device="cuda").random_()
-        plain = graph_us([lambda i=i: target[i].copy_(source[i]) for i in range(buffers)], rounds=4)
+        plain = copy_us([(target[i], source[i]) for i in range(buffers)])
         us = graph_us(
             [lambda i=i: write_pages(key[i], value[i], heads, pool, ids[i], heads, layout) for i in range(buffers)], rounds=4
         )

@@ -13,7 +13,7 @@ from .codec import INTERPRETED, dequantize, load_codes, load_halves, math_dtype,
 from .work import always_kept, first_window_page, listed_pages, num_programs, sealed_pages, sequence_of
 
 if not INTERPRETED:
-    from . import decode_packed
+    from . import decode_packed, packed
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
 MIN_UNITS = 2
@@ -300,8 +300,11 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
     num_heads = layer.head_slots.numel()
     group = num_query_heads // num_heads
     num_retrieval, num_streaming = layer.retrieval_heads.numel(), layer.streaming_heads.numel()
-    packed = not INTERPRETED and decode_packed.supports(layout, query, layer.tail_key, group)
-    per_multiprocessor = decode_packed.PROGRAMS_PER_MULTIPROCESSOR if packed else PROGRAMS_PER_MULTIPROCESSOR
+    is_packed = not INTERPRETED and packed.supports(layout, query, layer.tail_key, group)
+    per_multiprocessor = PROGRAMS_PER_MULTIPROCESSOR
+    if is_packed:
+        ring = decode_packed.STAGES * layout.slot_bytes
+        per_multiprocessor = packed.programs_per_multiprocessor(ring, decode_packed.PROGRAMS_PER_MULTIPROCESSOR)
     programs = num_programs(query, per_multiprocessor)
     places = programs + num_batch * num_heads
     partial_out = torch.empty(places, group, head_dim, dtype=torch.float32, device=query.device)
@@ -328,7 +331,7 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
     )  # fmt: skip
     partial = (query, out, partial_out, partial_max, partial_sum)
     pools = (retrieval_codes, retrieval_half, streaming_codes, streaming_half)
-    if packed:
+    if is_packed:
         decode_packed.launch(programs, *partial, *pools, *arguments, N=8 if group <= 8 else 16, **common)
     else:
         tail_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float32)

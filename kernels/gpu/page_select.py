@@ -10,7 +10,10 @@ import triton.language as tl
 
 from ..views import DecodeBatch, LayerView, Selection
 from .codec import INTERPRETED, dequantize, load_codes, load_halves, math_dtype, pool_views
-from .work import always_kept, first_window_page, num_programs, sealed_pages, sequence_of
+from .work import candidate_bound, chooses, first_window_page, num_programs, sealed_pages, sequence_of
+
+if not INTERPRETED:
+    from . import packed, select_packed
 
 BOUND_PAGES = 32
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -19,24 +22,12 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _chooses(position, budget, reselect, P: tl.constexpr):
-    """Whether a sequence makes a choice in this step."""
-    return (reselect != 0) & (sealed_pages(position, P) + 1 > budget)
-
-
-@triton.jit
-def _candidate_bound(position, budget, factor, sink_pages, window, P: tl.constexpr):
-    """Candidates and always-kept pages together, at most (exactly so, while enough pages exist)."""
-    return tl.minimum(sealed_pages(position, P), factor * budget + always_kept(position, sink_pages, window, P))
-
-
-@triton.jit
 def _load_sequences(positions, budgets, reselects, num_batch, BLOCK_B: tl.constexpr, P: tl.constexpr):
     b = tl.arange(0, BLOCK_B)
     position = tl.load(positions + b, mask=b < num_batch, other=0)
     budget = tl.load(budgets + b, mask=b < num_batch, other=1)
     reselect = tl.load(reselects + b, mask=b < num_batch, other=0)
-    return position, budget, (b < num_batch) & _chooses(position, budget, reselect, P)
+    return position, budget, (b < num_batch) & chooses(position, budget, reselect, P)
 
 
 @triton.jit
@@ -48,8 +39,8 @@ def _bounds_kernel(
     DTYPE: tl.constexpr, BLOCK_B: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
     """First stage: bounds float32 [B, R, pages] of every sealed page, always-kept ones too."""
-    position, budget, chooses = _load_sequences(positions, budgets, reselects, num_batch, BLOCK_B, P)
-    ends = tl.cumsum(tl.where(chooses, tl.cdiv(sealed_pages(position, P), PAGES) * RETRIEVAL, 0), 0)
+    position, budget, chosen = _load_sequences(positions, budgets, reselects, num_batch, BLOCK_B, P)
+    ends = tl.cumsum(tl.where(chosen, tl.cdiv(sealed_pages(position, P), PAGES) * RETRIEVAL, 0), 0)
     total = tl.max(ends, 0)
     g = tl.arange(0, BLOCK_G)
     columns = tl.arange(0, BLOCK_D)
@@ -115,7 +106,7 @@ def _candidates_kernel(
     order = tl.program_id(0) % RETRIEVAL
     position = tl.load(positions + b)
     budget = tl.load(budgets + b)
-    if _chooses(position, budget, tl.load(reselects + b), P):
+    if chooses(position, budget, tl.load(reselects + b), P):
         sealed = sealed_pages(position, P)
         page = tl.arange(0, BLOCK)
         sink_pages = (sink_size + P - 1) // P
@@ -150,10 +141,10 @@ def _masses_kernel(
     """Second stage: base-2 log-sum-exp of every listed page's scores, float32 [B, R, group_size, width + 1]; the own page's is last."""
     P: tl.constexpr = 2 * HALF
     UNIT: tl.constexpr = 8 if KEY_BITS < 16 else KEY_BITS
-    every_position, every_budget, chooses = _load_sequences(positions, budgets, reselects, num_batch, BLOCK_B, P)
+    every_position, every_budget, chosen = _load_sequences(positions, budgets, reselects, num_batch, BLOCK_B, P)
     sink_pages = (sink_size + P - 1) // P
-    ends = (_candidate_bound(every_position, every_budget, factor, sink_pages, window, P) + 1) * RETRIEVAL
-    ends = tl.cumsum(tl.where(chooses, ends, 0), 0)
+    ends = (candidate_bound(every_position, every_budget, factor, sink_pages, window, P) + 1) * RETRIEVAL
+    ends = tl.cumsum(tl.where(chosen, ends, 0), 0)
     total = tl.max(ends, 0)
     run = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_UNITS)
     unit = tl.program_id(0) * run
@@ -165,7 +156,7 @@ def _masses_kernel(
     while unit < last:
         b, first = sequence_of(ends, unit)
         position = tl.load(positions + b)
-        length = _candidate_bound(position, tl.load(budgets + b), factor, sink_pages, window, P)
+        length = candidate_bound(position, tl.load(budgets + b), factor, sink_pages, window, P)
         order = (unit - first) // (length + 1)
         start = (unit - first) % (length + 1)
         stop = tl.minimum(start + last - unit, length + 1)
@@ -222,7 +213,7 @@ def _choice_kernel(
     b = pair // RETRIEVAL
     position = tl.load(positions + b)
     budget = tl.load(budgets + b)
-    if _chooses(position, budget, tl.load(reselects + b), P):
+    if chooses(position, budget, tl.load(reselects + b), P):
         j = tl.arange(0, BLOCK)
         real = j < tl.load(candidate_counts + pair)
         page = tl.load(candidates + pair * width + j, mask=real, other=0)
@@ -305,19 +296,28 @@ def page_select(
     if not two_stage:
         return
     masses = torch.empty(pairs, group, width + 1, dtype=torch.float32, device=device)
-    tail_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float32)
-    _masses_kernel[(num_programs(query, PROGRAMS_PER_MULTIPROCESSOR),)](
-        query, masses, codes, half, layer.head_slots, layer.retrieval_heads, batch.rows, *sequences,
+    arguments = (
+        layer.head_slots, layer.retrieval_heads, batch.rows, *sequences,
         batch.retrieval_table, pages_out, counts_out, layer.tail_key,
         num_batch, scale, candidate_factor, sink_size, window, *query.stride()[:2],
         layer.retrieval_pool.stride(0), layout.slot_bytes, batch.retrieval_table.stride(0), width,
         *layer.tail_key.stride()[:3],
-        RETRIEVAL=num_retrieval, GROUP=group, BLOCK_G=block_g, D=head_dim, BLOCK_D=block_d,
-        HALF=layout.page_size // 2, LOGICAL=layout.logical_page_size, KEY_BITS=layout.key_bits,
-        KEY_MIN=layout.key_min, KEY_STEP=layout.key_step,
-        DTYPE=math_dtype(layout, query.dtype), TAIL_DTYPE=tail_dtype, BLOCK_B=block_b, MIN_UNITS=MIN_UNITS,
-        ASM=not INTERPRETED, num_warps=4,
     )  # fmt: skip
+    common = {
+        "RETRIEVAL": num_retrieval, "GROUP": group, "D": head_dim, "LOGICAL": layout.logical_page_size,
+        "KEY_BITS": layout.key_bits, "KEY_MIN": layout.key_min, "BLOCK_B": block_b, "MIN_UNITS": MIN_UNITS,
+    }  # fmt: skip
+    if not INTERPRETED and packed.supports(layout, query, layer.tail_key, group):
+        key_bytes = layout.value_codes
+        programs = num_programs(query, packed.programs_per_multiprocessor(key_bytes * select_packed.STAGES, 10))
+        select_packed.launch(programs, query, masses, codes, *arguments, N=8 if group <= 8 else 16, **common)
+    else:
+        tail_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float32)
+        _masses_kernel[(num_programs(query, PROGRAMS_PER_MULTIPROCESSOR),)](
+            query, masses, codes, half, *arguments,
+            BLOCK_G=block_g, BLOCK_D=block_d, HALF=layout.page_size // 2, KEY_STEP=layout.key_step,
+            DTYPE=math_dtype(layout, query.dtype), TAIL_DTYPE=tail_dtype, ASM=not INTERPRETED, num_warps=4, **common,
+        )  # fmt: skip
     block = max(triton.next_power_of_2(width), 16)
     _choice_kernel[(pairs,)](
         masses, pages_out, counts_out, selection.pages, selection.counts, batch.rows, layer.retrieval_heads, *sequences,

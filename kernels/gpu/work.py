@@ -54,3 +54,15 @@ def sequence_of(ends, unit):
     """The sequence that a unit belongs to and that sequence's first unit, from the running ends int32 [B]."""
     before = ends <= unit
     return tl.sum(before.to(tl.int32), 0), tl.max(tl.where(before, ends, 0), 0)
+
+
+@triton.jit
+def chooses(position, budget, reselect, P: tl.constexpr):
+    """Whether a sequence makes a choice in this step."""
+    return (reselect != 0) & (sealed_pages(position, P) + 1 > budget)
+
+
+@triton.jit
+def candidate_bound(position, budget, factor, sink_pages, window, P: tl.constexpr):
+    """Candidates and always-kept pages together, at most (exactly so, while enough pages exist)."""
+    return tl.minimum(sealed_pages(position, P), factor * budget + always_kept(position, sink_pages, window, P))
