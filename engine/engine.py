@@ -92,7 +92,6 @@ class Engine:
             has_streaming,
         )
         self.runner = Runner(loaded.model, self.cache, sparsity, self.max_model_len)
-        self._sparsity = sparsity
         self._density = AttentionDensity(
             self.page_format.num_retrieval_slots,
             self.page_format.num_streaming_slots,
@@ -186,7 +185,7 @@ class Engine:
         result.admitted += [self._reservation(s) for s in plan.admitted if s.hold or s.prefill_only]
         result.computed = bool(plan.decode or plan.prefill)
         if plan.decode:
-            budgets = [(s, budget_pages(s, self._sparsity)) for s in plan.decode]
+            budgets = [(s, budget_pages(s, self.runner.sparsity)) for s in plan.decode]
             result.density["decode"] = self._density.decode(budgets)
             self._after_decode(plan.decode, self.runner.decode(plan.decode))
         if plan.prefill:
