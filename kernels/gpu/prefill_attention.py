@@ -66,11 +66,11 @@ def _prefill_attention(
         return
     rows = first_row + tl.arange(0, BLOCK_M)
     position = block_position + rows
-    channels = tl.arange(0, BLOCK_D)
     edge = tl.arange(0, EDGE)
+    channels = tl.arange(0, BLOCK_D)
     wide = (rows < length)[:, None] & (channels < HEAD_DIM)[None, :]
-    tokens = (first_token + rows)[:, None].to(tl.int64)
-    q_at = query + tokens * query_token + head * query_head + channels[None, :]
+    query += (first_token + first_row).to(tl.int64) * query_token + head * query_head
+    q_at = query + tl.arange(0, BLOCK_M)[:, None] * query_token + channels[None, :]
     q = tl.load(q_at, mask=wide, other=0.0)
 
     peak = tl.full([BLOCK_M], -1e38, tl.float32)
@@ -113,7 +113,7 @@ def _prefill_attention(
         k = decoded_key_edges.load([kv_head, scratch + at, 0]).reshape([EDGE, BLOCK_D])
         v = decoded_value_edges.load([kv_head, scratch + at, 0]).reshape([EDGE, BLOCK_D])
         column = at + edge
-        visible = position[:, None] >= block_position + PAGE
+        visible = rows[:, None] >= PAGE
         if STREAMING:
             visible &= (column[None, :] < sink_size) | (position[:, None] - column[None, :] < local_window)
         acc, peak, total = _accumulate(q, k, v, visible, acc, peak, total, log2_scale, True, PRECISION)
@@ -122,13 +122,14 @@ def _prefill_attention(
         v = value_edges.load([first_token + at, kv_head, 0]).reshape([EDGE, BLOCK_D])
         token = at + edge
         v = tl.where((token < length)[:, None], v, 0.0)
-        column = block_position + token
-        visible = (column[None, :] <= position[:, None]) & (position[:, None] // PAGE == column[None, :] // PAGE)
+        visible = (token[None, :] <= rows[:, None]) & (rows[:, None] // PAGE == token[None, :] // PAGE)
         if STREAMING:
+            column = block_position + token
             visible &= (column[None, :] < sink_size) | (position[:, None] - column[None, :] < local_window)
         acc, peak, total = _accumulate(q, k, v, visible, acc, peak, total, log2_scale, True, PRECISION)
 
-    out_at = out + tokens * out_token + head * out_head + channels[None, :]
+    out += (first_token + first_row).to(tl.int64) * out_token + head * out_head
+    out_at = out + tl.arange(0, BLOCK_M)[:, None] * out_token + channels[None, :]
     total = tl.where(rows < length, total, 1.0)
     tl.store(out_at, (acc / total[:, None]).to(out.dtype.element_ty), mask=wide)
 
@@ -169,7 +170,7 @@ def tile_shape(head_dim: int, dtype: torch.dtype, streaming: bool) -> dict[str, 
     if dtype == torch.float32:
         return {"BLOCK_M": 64 if head_dim <= 128 else 32, "BLOCK_N": 32, "EDGE": 32, "num_warps": 4, "num_stages": 1}
     if head_dim > 128:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "EDGE": 32, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "EDGE": 16, "num_warps": 8, "num_stages": 2}
     if streaming:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "EDGE": 64, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "EDGE": 64, "num_warps": 8, "num_stages": 2}
