@@ -169,6 +169,28 @@ async def test_a_full_worker_says_so(tiny_model: Path) -> None:
         await pair.idle()
 
 
+async def test_a_worker_that_is_closed_waits_for_its_leases(tiny_model: Path, right: list[int]) -> None:
+    async with cluster(tiny_model, "prefill.lease_s=5.0") as pair:
+        reading, go_on = asyncio.Event(), asyncio.Event()
+
+        async def pause() -> None:
+            reading.set()
+            await go_on.wait()
+
+        SlowRead(pair.decode, pause)
+        answer = asyncio.create_task(pair.answer(again(ASKED)))
+        await reading.wait()
+        closing = asyncio.create_task(pair.prefill.close())
+        done, _ = await asyncio.wait({closing}, timeout=0.3)
+        assert not done
+        go_on.set()
+        assert (await answer).token_ids == right and len(pair.pool.calls) == 1
+        await closing
+        with pytest.raises(WorkerLostError):
+            await pair.prefill.counts()
+        pair.prefills.clear()
+
+
 async def test_many_requests_that_come_and_go_leave_nothing(tiny_model: Path) -> None:
     async with cluster(tiny_model, "prefill.lease_s=1.0", prefills=2) as pair:
         pair.pool.on_chunk = LostAfter(5, times=3)

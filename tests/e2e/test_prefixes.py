@@ -16,7 +16,9 @@ from lserve.deployments.directory import Directory
 from lserve.deployments.embedded_valkey import EmbeddedValkey
 from lserve.deployments.prefix_lookup import PrefixLookup
 from lserve.deployments.settings import cluster_secret
+from lserve.deployments.worker import Worker
 from lserve.engine.chain import chain_hashes, chain_root
+from lserve.engine.engine import Engine
 from lserve.engine.request import Request
 
 ASKED = request(prompt(3000), max_tokens=12)
@@ -80,6 +82,39 @@ async def test_redis_keeps_prefixes_when_every_worker_restarts(
         assert second.token_ids == first.token_ids
         assert prefix_tokens(pair) == {"redis": LAST_RESUME_POINT, "miss": 3000 - LAST_RESUME_POINT}
         await pair.idle()
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "bf16", "int8", "k8v4", "int4"])
+async def test_pages_come_back_from_redis_as_they_were_written(
+    tiny_model: Path, valkey: EmbeddedValkey, kv_dtype: str
+) -> None:
+    overrides = (f"cache.kv_dtype={kv_dtype}", "cache.retrieval_pool_bytes=33554432")
+    async with cluster(tiny_model, *overrides, redis=valkey.url) as pair:
+        await hinted(pair, again(ASKED))
+        written = await cached_bytes(pair.prefill._worker)
+    async with cluster(tiny_model, *overrides, redis=valkey.url) as pair:
+        await hinted(pair, again(ASKED))
+        assert prefix_tokens(pair)["redis"] == LAST_RESUME_POINT
+        for worker in (pair.prefill._worker, pair.decode._worker):
+            assert await cached_bytes(worker) == written
+
+
+async def cached_bytes(worker: Worker) -> list[bytes]:
+    """The pages of both classes that the worker's index has for the prompt."""
+
+    def read(engine: Engine) -> list[bytes]:
+        assert engine.index is not None
+        root = chain_root(cluster_secret(worker.settings), ASKED.tenant, engine.page_format.format_id)
+        hit = engine.index.lookup(chain_hashes(root, ASKED.prompt_token_ids), len(ASKED.prompt_token_ids))
+        assert hit.num_tokens == LAST_RESUME_POINT
+        streaming = [page for _, page in sorted(hit.streaming_pages.items())]
+        retrieval_bytes = engine.cache.export("retrieval", hit.retrieval_pages).numpy().tobytes()
+        streaming_bytes = engine.cache.export("streaming", streaming).numpy().tobytes()
+        engine.retrieval_pool.release(hit.retrieval_pages)
+        engine.streaming_pool.release(streaming)
+        return [retrieval_bytes, streaming_bytes]
+
+    return await worker.loop.call(read)
 
 
 async def test_a_longer_prompt_takes_up_the_common_part(tiny_model: Path, valkey: EmbeddedValkey) -> None:
