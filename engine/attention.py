@@ -76,7 +76,7 @@ class PrefillStep:
             for name, page_ids in ids.items():
                 if page_ids.numel():
                     pool, heads, slots = _head_class(view, name)
-                    paged = [x[whole].unflatten(0, (-1, PAGE_SIZE)) for x in (key, value)]
+                    paged = [x[whole].view(-1, PAGE_SIZE, *x.shape[1:]) for x in (key, value)]
                     write_pages(paged[0], paged[1], heads, pool, page_ids, slots, view.layout)
             first += chunk.length
             rest = first - whole.stop

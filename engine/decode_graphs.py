@@ -55,7 +55,7 @@ class DecodeGraphs:
         static = torch.zeros(NUM_FIELDS, size, dtype=torch.int64, device=self._cache.device)
         static[1] = self._spare_row  # warm up and capture on rows that nobody reads
         static[3] = 1
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step(static, width, any_reselect, sparsity)

@@ -14,7 +14,7 @@ import torch
 
 from .attention import budget_pages
 from .chain import chain_hashes, chain_root
-from .config import BLOCK_SIZE, PAGE_SIZE, EngineConfig
+from .config import BLOCK_SIZE, EngineConfig
 from .density import AttentionDensity
 from .detokenizer import Detokenizer
 from .errors import DeadlineExceededError, InvalidRequestError
@@ -24,10 +24,11 @@ from .loading import LoadedModel, load
 from .page_pool import PagePool
 from .pool_sizes import PoolSizes, pool_sizes
 from .prefix_index import PrefixIndex
+from .publisher import PagePublisher
 from .request import Output, Request, SampledToken, SamplingParams
 from .request_check import check_request
-from .residency import Residency, resume_points
-from .results import ChunkReady, EngineLoad, Reservation, StepResult, WrittenPages
+from .residency import Residency
+from .results import EngineLoad, Reservation, StepResult
 from .runner import Runner
 from .sampling import SamplingRow, TokenHistory, sample
 from .scheduler import Scheduler
@@ -50,7 +51,7 @@ class Engine:
         config = replace(config, sparsity=sparsity)
         self.config, self.model_config, self.tokenizer = config, loaded.model.config, loaded.tokenizer
         self.page_format = loaded.page_format
-        self._secret, self.lease_ttl_s = secret, lease_ttl_s
+        self._secret = secret
         limit = config.scheduler.max_model_len or self.model_config.max_position
         self.max_model_len = min(limit, self.model_config.max_position)
         sizes = sizes or pool_sizes(config, self.page_format, self.max_model_len)
@@ -77,7 +78,8 @@ class Engine:
                 self.streaming_pool if has_streaming else None,
                 self.residency,
             )
-        self.leases = LeaseTable(time.monotonic, self._release_lease)
+        pools = (self.retrieval_pool, self.streaming_pool, self.row_pool)
+        self._publisher = PagePublisher(self.page_format, self.residency, *pools, self.index, lease_ttl_s)
         self._swap = HostSwap(self.cache, config.cache.host_swap_bytes)
         self.scheduler = Scheduler(
             config.scheduler,
@@ -109,6 +111,11 @@ class Engine:
         """An engine over a local directory, a Hugging Face id or a GGUF file; settings are EngineConfig's fields."""
         config = EngineConfig(model=model, **settings)  # type: ignore[arg-type]
         return cls(config, load(config))
+
+    @property
+    def leases(self) -> LeaseTable:
+        """The leases on announced chunks."""
+        return self._publisher.leases
 
     @property
     def has_work(self) -> bool:
@@ -171,7 +178,7 @@ class Engine:
         sequence = self._lead(request_id)
         sequence.num_computed = sequence.num_prefill
         sequence.num_cached = num_cached_tokens
-        self._publish(sequence, sequence.num_prefill)
+        self._publisher.keep(sequence, sequence.num_prefill)
         self._start_choices(sequence, first_tokens)
 
     def step(self) -> StepResult:
@@ -269,9 +276,9 @@ class Engine:
         rows, counts = [], []
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
-            self._publish(chunk.sequence, chunk.end)
+            self._publisher.keep(chunk.sequence, chunk.end)
             if chunk.sequence.chain:
-                result.written.append(self._written(chunk))
+                result.written.append(self._publisher.written(chunk))
             if chunk.is_last:
                 sequence = chunk.sequence
                 rows += [self._sampling_row(sequence, sequence.choice + i) for i in range(sequence.num_forks + 1)]
@@ -283,7 +290,10 @@ class Engine:
             if chunk.is_last:
                 first, drawn = drawn[: sequence.num_forks + 1], drawn[sequence.num_forks + 1 :]
             if sequence.prefill_only:
-                self._announce(chunk, first, result)
+                have_tokens = self._have_tokens[sequence.request_id]
+                result.chunks.append(self._publisher.announce(chunk, have_tokens, first))
+                if chunk.is_last:
+                    self.abort(sequence.request_id)
             elif chunk.is_last:
                 self._start_choices(sequence, first)
             if sequence.state is State.PREFILL:
@@ -342,81 +352,8 @@ class Engine:
         self._detokenizers.pop(sequence, None)
         self._histories.pop(sequence, None)
 
-    def _publish(self, sequence: Sequence, end: int) -> None:
-        """Puts the chunk's whole pages into the worker's prefix index: all retrieval pages, and the streaming ones to
-        keep.
-        """
-        if self.index is None or not sequence.chain:
-            return
-        last = min(end // PAGE_SIZE, len(sequence.chain))
-        kept = set(self.residency.streaming_pages_kept(sequence.num_prefill))
-        self.index.insert(
-            sequence.chain[:last],
-            sequence.retrieval_pages[:last],
-            {i: p for i, p in sequence.streaming_pages.items() if i in kept and i < last},
-        )
-
-    def _written(self, chunk: PrefillChunk) -> WrittenPages:
-        sequence = chunk.sequence
-        whole = range(chunk.start // PAGE_SIZE, min(chunk.end // PAGE_SIZE, len(sequence.chain)))
-        kept = set(self.residency.streaming_pages_kept(sequence.num_prefill))
-        retrieval = whole if self.page_format.num_retrieval_slots else range(0)
-        points = [p for p in resume_points(sequence.num_prefill) if chunk.start < p <= chunk.end]
-        return WrittenPages(
-            tuple((sequence.chain[i], sequence.retrieval_pages[i]) for i in retrieval),
-            tuple((sequence.chain[i], p) for i, p in sequence.streaming_pages.items() if i in kept and i in whole),
-            tuple((p, sequence.chain[p // PAGE_SIZE - 1]) for p in points),
-        )
-
-    def _announce(self, chunk: PrefillChunk, first: list[SampledToken], result: StepResult) -> None:
-        """Leases the chunk's pages that the decode worker lacks and, with the last chunk, the tail row; then lets
-        go.
-        """
-        sequence = chunk.sequence
-        have = max(self._have_tokens[sequence.request_id], 0) // PAGE_SIZE
-        begin = have if chunk.start == sequence.num_cached else max(have, chunk.start // PAGE_SIZE)
-        whole = range(begin, chunk.end // PAGE_SIZE)
-        wanted = set(self.residency.streaming_pages_for_decode(sequence.num_prefill))
-        retrieval = (
-            tuple((i, sequence.retrieval_pages[i]) for i in whole) if self.page_format.num_retrieval_slots else ()
-        )
-        streaming = tuple(
-            (i, sequence.streaming_pages[i]) for i in whole if i in wanted and i in sequence.streaming_pages
-        )
-        row = sequence.row if chunk.is_last else None
-        self.retrieval_pool.share([p for _, p in retrieval])
-        self.streaming_pool.share([p for _, p in streaming])
-        if row is not None:
-            self.row_pool.share([row])
-        lease = self.leases.grant([p for _, p in retrieval], [p for _, p in streaming], row, self.lease_ttl_s)
-        result.chunks.append(
-            ChunkReady(
-                sequence.request_id,
-                lease.id,
-                lease.generation,
-                begin * PAGE_SIZE,
-                chunk.end,
-                retrieval,
-                streaming,
-                row,
-                tuple(first),
-                chunk.is_last,
-                sequence.num_cached,
-            )
-        )
-        if chunk.is_last:
-            self._finish(sequence)
-            self._live.pop(sequence.request_id, None)
-            self._have_tokens.pop(sequence.request_id, None)
-
     def _sampling_row(self, sequence: Sequence, choice: int) -> SamplingRow:
         """What the sampler needs to draw the sequence's next token, as if it were the given choice."""
         prompt = len(sequence.request.prompt_token_ids)
         history = self._histories.get(sequence)
         return SamplingRow(sequence.request.sampling, choice, sequence.num_tokens, sequence.token_ids, prompt, history)
-
-    def _release_lease(self, retrieval: SequenceOf[int], streaming: SequenceOf[int], row: int | None) -> None:
-        self.retrieval_pool.release(list(retrieval))
-        self.streaming_pool.release(list(streaming))
-        if row is not None:
-            self.row_pool.release([row])

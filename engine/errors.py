@@ -1,18 +1,18 @@
 """Every error that LServe raises on purpose.
 
-    LServeError
-    ├── InvalidRequestError        the caller's input is wrong (HTTP 400)
-    │   └── PromptTooLongError     the prompt does not fit the model or the pool (HTTP 413)
-    ├── AuthenticationError        missing or wrong API key (HTTP 401)
-    ├── ModelNotFoundError         no such served model (HTTP 404)
-    ├── CapacityError              full now, try again later (HTTP 429)
-    ├── DeadlineExceededError      a stage took longer than its deadline (HTTP 504)
-    ├── WorkerLostError            a worker went away and retries are used up (HTTP 503)
-    ├── LeaseLostError             a lease expired or belongs to another generation; the pull does not count
-    ├── TransferError              pages could not be moved between workers
-    ├── FormatMismatchError        a page or a profile of another format_id; refused, never reinterpreted
-    ├── UnsupportedModelError      the checkpoint has a feature that the model code does not implement
-    └── SettingsError              a wrong key or value in the settings
+LServeError
+├── InvalidRequestError        the caller's input is wrong (HTTP 400)
+│   └── PromptTooLongError     the prompt does not fit the model or the pool (HTTP 413)
+├── AuthenticationError        missing or wrong API key (HTTP 401)
+├── ModelNotFoundError         no such served model (HTTP 404)
+├── CapacityError              full now, try again later (HTTP 429)
+├── DeadlineExceededError      a stage took longer than its deadline (HTTP 504)
+├── WorkerLostError            a worker went away and retries are used up (HTTP 503)
+├── LeaseLostError             a lease expired or belongs to another generation; the pull does not count
+├── TransferError              pages could not be moved between workers
+├── FormatMismatchError        a page or a profile of another format_id; refused, never reinterpreted
+├── UnsupportedModelError      the checkpoint has a feature that the model code does not implement
+└── SettingsError              a wrong key or value in the settings
 """
 
 
@@ -31,11 +31,15 @@ class LServeError(Exception):
         self.param = param
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.message, self.param))
+        return (_rebuild, (type(self), self.__dict__))
 
 
-def _rebuild(kind: type[LServeError], message: str, param: str | None) -> LServeError:
-    return kind(message, param=param)
+def _rebuild(kind: type[LServeError], fields: dict[str, object]) -> LServeError:
+    """An error as it was in another process, whatever its constructor takes."""
+    error = kind.__new__(kind, fields["message"])
+    error.args = (fields["message"],)
+    error.__dict__.update(fields)
+    return error
 
 
 class InvalidRequestError(LServeError):
