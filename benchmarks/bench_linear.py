@@ -354,7 +354,7 @@ def sweep(forms: Sequence[str], batches: Sequence[int], processes: int) -> list[
         layers = [{name: random_weight(form, *shape) for name, shape in LAYER.items()} for _ in range(4)]
         for batch in batches:
             inputs = {width: random_activation(batch, width, FORM[form]) for width in (HIDDEN, FEED_FORWARD)}
-            best = {n: gpu_linear.decode_tiles(batch, LAYER[n][0], w.codes.dtype) for n, w in layers[0].items()}
+            best = {n: gpu_linear.decode_tiles(batch, *LAYER[n], w.codes.dtype) for n, w in layers[0].items()}
 
             def layer_us(tiles: dict[str, DecodeTiles], layers=layers, inputs=inputs) -> float:
                 calls = [

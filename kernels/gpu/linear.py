@@ -51,16 +51,23 @@ class PrefillTiles:
     stages: int
 
 
-def decode_tiles(num_tokens: int, num_columns: int, dtype: torch.dtype) -> DecodeTiles:
-    """Tiles of a decode launch, as measured on an H200; dtype: of the weight's codes (uint8: W4A8)."""
+def decode_tiles(num_tokens: int, num_columns: int, num_channels: int, dtype: torch.dtype) -> DecodeTiles:
+    """Tiles of a decode launch; dtype: of the weight's codes (uint8: W4A8). Chosen from sweeps on an H200."""
     block_m = max(triton.next_power_of_2(num_tokens), 8)
     if dtype != torch.uint8:
         return DecodeTiles(min(block_m, 64), 32, 4, 4, 3)
-    if num_columns >= WIDE and block_m > 8:
-        return DecodeTiles(min(block_m, 64), 64 if block_m > 32 else 128, 1, 4, 3 if block_m > 32 else 6, prefetch=4)
-    if block_m <= 8 and num_columns < WIDE:
-        return DecodeTiles(block_m, 16, 8, 4, 3, prefetch=8)
-    return DecodeTiles(min(block_m, 32), 32, 4, 4, 3, prefetch=4)
+    wide = num_columns >= WIDE
+    if wide and block_m > 32:
+        return DecodeTiles(64, 64, 1, 4, 3)
+    if wide and block_m > 8:
+        return DecodeTiles(block_m, 128, 1, 4, 6)
+    if wide or block_m > 16:
+        return DecodeTiles(min(block_m, 32), 32, 4, 4, 3)
+    if num_channels >= 2 * num_columns:
+        return DecodeTiles(block_m, 16, 8, 4, 3)
+    if block_m > 8:
+        return DecodeTiles(block_m, 32, 4, 4, 3)
+    return DecodeTiles(block_m, 16, 8, 4, 2) if num_columns > num_channels else DecodeTiles(block_m, 32, 8, 4, 4)
 
 
 def prefill_tiles(num_tokens: int) -> PrefillTiles:
@@ -75,7 +82,7 @@ def linear_w4a8(x: QuantizedActivation, weight: W4Weight, bias: Tensor | None, o
     num_tokens = x.codes.shape[0]
     if num_tokens > DECODE_TOKENS:
         return linear_w8a8(x, decode_w4(weight), bias, out_dtype)
-    tiles = decode_tiles(num_tokens, weight.out_features, weight.codes.dtype)
+    tiles = decode_tiles(num_tokens, weight.out_features, weight.in_features, weight.codes.dtype)
     return launch_w4a8_decode(x, weight, bias, out_dtype, tiles)
 
 
@@ -83,7 +90,7 @@ def linear_w8a8(x: QuantizedActivation, weight: W8Weight, bias: Tensor | None, o
     """See lserve.kernels.linear.linear_w8a8. fp8 for many tokens is torch's scaled matmul where it gives out_dtype."""
     num_tokens = x.codes.shape[0]
     if num_tokens <= DECODE_TOKENS:
-        tiles = decode_tiles(num_tokens, weight.out_features, weight.codes.dtype)
+        tiles = decode_tiles(num_tokens, weight.out_features, weight.in_features, weight.codes.dtype)
         return launch_w8a8_decode(x, weight, bias, out_dtype, tiles)
     if x.codes.dtype == torch.float8_e4m3fn and out_dtype == torch.bfloat16 and weight.out_features % 16 == 0:
         return scaled_mm(x, weight, bias)
