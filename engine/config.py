@@ -130,6 +130,9 @@ class SchedulerConfig:
             raise SettingsError(
                 f"prefill.chunk_size must be a positive multiple of {BLOCK_SIZE}, got {self.chunk_size}"
             )
+        for name, value in (("max_batch_size", self.max_batch_size), ("max_waiting", self.max_waiting)):
+            if value < 1:
+                raise SettingsError(f"decode.{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ was prefilled elsewhere (`hold=True`: pages are reserved, then filled from outsi
 """
 
 import time
+from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -220,21 +221,21 @@ class Engine:
         )
 
     def generate(self, prompts: Iterable[str | SequenceOf[int]], params: SamplingParams | None = None) -> list[str]:
-        """Answers prompts (text or token ids) offline, all at once; returns the first choice's text of each."""
+        """Answers prompts (text or token ids) offline, as many at once as fit; returns each one's first choice."""
+        encoded = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         params = params or SamplingParams()
-        texts: dict[str, str] = {}
-        for number, prompt in enumerate(prompts):
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            request = Request(f"generate-{number}", tuple(ids), params)
-            self.add_request(request)
-            texts[request.request_id] = ""
-        while self.has_work:
-            result = self.step()
-            for request_id, error in result.errors:
-                raise error if request_id in texts else AssertionError(request_id)
-            for output in result.outputs:
-                if output.choice == 0:
-                    texts[output.request_id] += output.text
+        left = deque(Request(f"generate-{number}", tuple(ids), params) for number, ids in enumerate(encoded))
+        texts = {request.request_id: "" for request in left}
+        try:
+            while left or self.has_work:
+                while left and len(self.scheduler.waiting) < self.config.scheduler.max_waiting:
+                    self.add_request(left.popleft())
+                for output in self.step().outputs:
+                    if output.choice == 0:
+                        texts[output.request_id] += output.text
+        finally:
+            for request_id in texts:
+                self.abort(request_id)
         return list(texts.values())
 
     def _lead(self, request_id: str) -> Sequence:

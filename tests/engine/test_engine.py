@@ -222,6 +222,15 @@ def test_generate_answers_texts_and_token_ids(tiny: tuple[Model, Any]) -> None:
     assert_idle(engine)
 
 
+def test_generate_takes_more_prompts_than_the_queue_and_none_when_one_is_wrong(tiny: tuple[Model, Any]) -> None:
+    engine, _ = make_engine(tiny[0], max_waiting=2, max_batch_size=2)
+    params = SamplingParams(temperature=0.0, max_tokens=2)
+    assert [len(text) for text in engine.generate([tokens(5, seed=i) for i in range(7)], params)] == [2] * 7
+    with pytest.raises(InvalidRequestError, match="token id -1"):
+        engine.generate([tokens(5), (-1,)], params)
+    assert_idle(engine)
+
+
 def test_whole_blocks_per_chunk_but_for_the_last(tiny: tuple[Model, Any]) -> None:
     engine, probe = make_engine(tiny[0], chunk_size=256)
     probe.keeps_calls = True

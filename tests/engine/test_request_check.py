@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_engines import MIXED, SPARSITY, VOCABULARY, assert_idle, fresh, request, tokens
 
-from lserve.engine.config import SparsityConfig
+from lserve.engine.config import SchedulerConfig, SparsityConfig
 from lserve.engine.engine import Engine
 from lserve.engine.errors import CapacityError, InvalidRequestError, PromptTooLongError, SettingsError
 from lserve.engine.loading import LoadedModel
@@ -162,7 +162,10 @@ def test_any_request_is_served_or_refused_and_leaves_nothing(engine: Engine, mad
     assert not torch.isnan(engine.cache.tail).any()
 
 
-def test_settings_that_leave_nothing_to_select_are_refused() -> None:
+def test_settings_that_cannot_work_are_refused() -> None:
     for wrong in ({"token_budget": 448}, {"sink_size": 100}, {"reselect_interval": 3}, {"candidate_factor": 0}):
         with pytest.raises(SettingsError, match=next(iter(wrong))):
             SparsityConfig(**wrong)
+    for wrong in ({"chunk_size": 100}, {"max_batch_size": 0}, {"max_waiting": 0}):
+        with pytest.raises(SettingsError, match=next(iter(wrong))):
+            SchedulerConfig(**wrong)
