@@ -28,6 +28,22 @@ PAGE = tl.constexpr(64)
 
 
 @triton.jit
+def _load(
+    source, head, row, head_stride, row_stride, end,
+    HEIGHT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows row .. row + HEIGHT of a head, [HEIGHT, BLOCK_D], through a descriptor or a pointer to [heads, rows, D]."""
+    if TMA:
+        tile = source.load([head, row, 0]).reshape([HEIGHT, BLOCK_D])
+    else:
+        rows = row + tl.arange(0, HEIGHT)
+        channels = tl.arange(0, BLOCK_D)
+        at = source + head.to(tl.int64) * head_stride + rows[:, None].to(tl.int64) * row_stride + channels[None, :]
+        tile = tl.load(at, mask=(rows < end)[:, None] & (channels < HEAD_DIM)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
 def _accumulate(q, k, v, visible, acc, peak, total, log2_scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """One online-softmax step; peak: largest logit so far in log2 units, total: sum of exp2(logit - peak)."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -41,16 +57,18 @@ def _accumulate(q, k, v, visible, acc, peak, total, log2_scale, MASKED: tl.const
     return acc, new_peak, total
 
 
-@triton.jit(do_not_specialize=["num_tiles", "blocks_row", "blocks_head"])
+@triton.jit(do_not_specialize=["num_tiles", "blocks_row", "blocks_head", "s_end"])
 def _prefill_attention(
     query, query_token, query_head,
     key_edges, value_edges, decoded_key_edges, decoded_value_edges, decoded_keys, decoded_values,
+    k_head, k_token, v_head, v_token, s_head, s_token, s_end,
     out, out_token, out_head,
     heads, tiles,
     blocks, blocks_row, blocks_head, counts, counts_row,
     num_tiles, sink_size, local_window, log2_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    EDGE: tl.constexpr, STREAMING: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE: tl.constexpr, STREAMING: tl.constexpr, LISTED: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; tiles as `query_tiles` makes them."""
     program = tl.program_id(0)
@@ -87,8 +105,8 @@ def _prefill_attention(
             column += tl.where(i * EDGE < sink_pages * PAGE, 0, (window_page - sink_pages) * PAGE)
             at = scratch + i * EDGE
             at += tl.where(i * EDGE < sink_pages * PAGE, 0, (window_page - sink_pages) * PAGE)
-            k = decoded_key_edges.load([kv_head, at, 0]).reshape([EDGE, BLOCK_D])
-            v = decoded_value_edges.load([kv_head, at, 0]).reshape([EDGE, BLOCK_D])
+            k = _load(decoded_key_edges, kv_head, at, s_head, s_token, s_end, EDGE, HEAD_DIM, BLOCK_D, TMA)
+            v = _load(decoded_value_edges, kv_head, at, s_head, s_token, s_end, EDGE, HEAD_DIM, BLOCK_D, TMA)
             visible = (column[None, :] < sink_size) | (position[:, None] - column[None, :] < local_window)
             acc, peak, total = _accumulate(q, k, v, visible, acc, peak, total, log2_scale, True, PRECISION)
     else:
@@ -102,24 +120,25 @@ def _prefill_attention(
             at = scratch + i * BLOCK_N
             if LISTED:
                 at += (tl.load(blocks + i // PARTS) - i // PARTS) * BLOCK
-            k = decoded_keys.load([kv_head, at, 0]).reshape([BLOCK_N, BLOCK_D])
-            v = decoded_values.load([kv_head, at, 0]).reshape([BLOCK_N, BLOCK_D])
+            k = _load(decoded_keys, kv_head, at, s_head, s_token, s_end, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+            v = _load(decoded_values, kv_head, at, s_head, s_token, s_end, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
             acc, peak, total = _accumulate(q, k, v, True, acc, peak, total, log2_scale, False, PRECISION)
 
     last_row = tl.minimum(first_row + BLOCK_M, length)
     decoded_edges = tl.where(last_row > PAGE, PAGE // EDGE, 0)
     for i in tl.range(decoded_edges, num_stages=1):
         at = block_position + i * EDGE
-        k = decoded_key_edges.load([kv_head, scratch + at, 0]).reshape([EDGE, BLOCK_D])
-        v = decoded_value_edges.load([kv_head, scratch + at, 0]).reshape([EDGE, BLOCK_D])
+        k = _load(decoded_key_edges, kv_head, scratch + at, s_head, s_token, s_end, EDGE, HEAD_DIM, BLOCK_D, TMA)
+        v = _load(decoded_value_edges, kv_head, scratch + at, s_head, s_token, s_end, EDGE, HEAD_DIM, BLOCK_D, TMA)
         column = at + edge
         visible = rows[:, None] >= PAGE
         if STREAMING:
             visible &= (column[None, :] < sink_size) | (position[:, None] - column[None, :] < local_window)
         acc, peak, total = _accumulate(q, k, v, visible, acc, peak, total, log2_scale, True, PRECISION)
+    end = first_token + length
     for at in tl.range(first_row // PAGE * PAGE, last_row, EDGE, num_stages=1):
-        k = key_edges.load([first_token + at, kv_head, 0]).reshape([EDGE, BLOCK_D])
-        v = value_edges.load([first_token + at, kv_head, 0]).reshape([EDGE, BLOCK_D])
+        k = _load(key_edges, kv_head, first_token + at, k_head, k_token, end, EDGE, HEAD_DIM, BLOCK_D, TMA)
+        v = _load(value_edges, kv_head, first_token + at, v_head, v_token, end, EDGE, HEAD_DIM, BLOCK_D, TMA)
         token = at + edge
         v = tl.where((token < length)[:, None], v, 0.0)
         visible = (token[None, :] <= rows[:, None]) & (rows[:, None] // PAGE == token[None, :] // PAGE)
@@ -165,10 +184,12 @@ def list_arguments(lists: BlockLists | None, unused: torch.Tensor) -> tuple[torc
     return lists.blocks, lists.blocks.stride(0), lists.blocks.stride(1), lists.counts, lists.counts.stride(0)
 
 
-def tile_shape(head_dim: int, dtype: torch.dtype, streaming: bool) -> dict[str, int]:
-    """BLOCK_M, BLOCK_N and launch options for a head size; measured on an H200 for bf16 (benchmarks/results/LOG.md)."""
+def tile_shape(head_dim: int, dtype: torch.dtype, streaming: bool, capability: int) -> dict[str, int]:
+    """Tiles and launch options; for bf16 on sm_90 as measured on an H200 (benchmarks/results/LOG.md)."""
     if dtype == torch.float32:
         return {"BLOCK_M": 64 if head_dim <= 128 else 32, "BLOCK_N": 32, "EDGE": 32, "num_warps": 4, "num_stages": 1}
+    if capability < 9:
+        return {"BLOCK_M": 64, "BLOCK_N": 64 if head_dim <= 128 else 32, "EDGE": 32, "num_warps": 4, "num_stages": 2}
     if head_dim > 128:
         return {"BLOCK_M": 128, "BLOCK_N": 64, "EDGE": 16, "num_warps": 8, "num_stages": 2}
     if streaming:
@@ -224,21 +245,30 @@ def launch(
     tiles: torch.Tensor,
     lists: BlockLists | None,
     streaming: bool,
+    capability: int | None = None,
 ) -> None:
-    """Every query tile of one head class, by the portable kernel."""
+    """Every query tile of one head class, by the portable kernel.
+
+    capability: major compute capability to build for, the tensors' own by default; before 9, pointers instead of TMA.
+    """
+    if capability is None:
+        capability = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
     head_dim, group = query.shape[2], query.shape[1] // key.shape[1]
-    shape = tile_shape(head_dim, query.dtype, streaming)
+    shape = tile_shape(head_dim, query.dtype, streaming, capability)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    edge, block = shape["EDGE"], shape["BLOCK_N"]
+    chunk, scratch = (key.transpose(0, 1), value.transpose(0, 1)), (scratch_key, scratch_value)
+    heights = [(x, shape["EDGE"]) for x in (*chunk, *scratch)] + [(x, shape["BLOCK_N"]) for x in scratch]
+    descriptors = capability >= 9
+    sources = [TensorDescriptor.from_tensor(x, [1, n, block_d]) if descriptors else x for x, n in heights]
     _prefill_attention[(len(tiles) * heads.numel() * group * (BLOCK.value // shape["BLOCK_M"]),)](
         query, query.stride(0), query.stride(1),
-        *(TensorDescriptor.from_tensor(x, [edge, 1, block_d]) for x in (key, value)),
-        *(TensorDescriptor.from_tensor(x, [1, edge, block_d]) for x in (scratch_key, scratch_value)),
-        *(TensorDescriptor.from_tensor(x, [1, block, block_d]) for x in (scratch_key, scratch_value)),
+        *sources,
+        key.stride(1), key.stride(0), value.stride(1), value.stride(0),
+        scratch_key.stride(0), scratch_key.stride(1), scratch_key.shape[1],
         out, out.stride(0), out.stride(1),
         heads, tiles,
         *list_arguments(lists, tiles),
         len(tiles), layer.sink_size, layer.local_window, layer.scale * LOG2_E,
         GROUP=group, HEAD_DIM=head_dim, BLOCK_D=block_d, STREAMING=streaming, LISTED=lists is not None,
-        PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee", **shape,
+        TMA=descriptors, PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee", **shape,
     )  # fmt: skip

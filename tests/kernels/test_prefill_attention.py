@@ -118,6 +118,26 @@ def test_empty_batches_and_strided_inputs(path):
     assert relative_error(out, oracle.prefill_attention(*case.arguments)) < 1e-5
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tiles_read_by_pointer_for_cards_without_tensor_memory_access(streaming):
+    device = path_device(gpu)
+    case = make_prefill_case(
+        [128],
+        [70],
+        streaming=[streaming],
+        group_size=2,
+        head_dim=24,
+        local_window=100,
+        dtype=torch.float16,
+        device=device,
+    )
+    out = torch.full_like(case.query, torch.nan)
+    heads = torch.zeros(1, dtype=torch.int64, device=device)
+    tiles = gpu.query_tiles(case.batch, out.device)
+    gpu.launch(*case.arguments[:5], out, case.layer, heads, tiles, None, streaming=streaming, capability=8)
+    assert relative_error(out, oracle.prefill_attention(*case.arguments)) < TOLERANCE[torch.float16]
+
+
 def test_the_launcher_takes_cpu_tensors():
     case = make_prefill_case([0], [40], streaming=[False])
     out = launcher.prefill_attention(*case.arguments)
