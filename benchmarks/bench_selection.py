@@ -1,7 +1,7 @@
 """What page selection keeps: recall of planted facts and attention mass lost, by rule, at a small token budget.
 
-Each document is real text with facts planted in it. Questions share the document's prefix pages; each is asked once
-densely and once per rule and budget, and counts as right when the answer appears in the reply. The mass lost is the
+Each document is real text with a pass key at one of five depths. The question is asked once densely and once per rule
+and budget, over the same pages, and counts as right when the key appears in the reply. The mass lost is the
 share of each query head's true attention (over all pages, exact keys) that falls on pages that were not chosen,
 averaged over the layers, heads and steps at which a choice was made.
 
@@ -29,20 +29,8 @@ RULES = (
     ("two stages", 32, "two_stage", 4),
     ("true page masses", 32, "two_stage", EVERY_PAGE),
 )
-WORDS = (
-    "amber",
-    "bishop",
-    "copper",
-    "dragon",
-    "ember",
-    "falcon",
-    "garnet",
-    "harbor",
-    "indigo",
-    "jasper",
-    "kettle",
-    "lagoon",
-)
+DEPTHS = (0.9, 0.7, 0.5, 0.3, 0.1)  # the deepest first: what stands before a key is then in the prefix cache
+QUESTION = "What is the pass key? Answer with the number only."
 
 
 @dataclass
@@ -87,19 +75,12 @@ def lost_mass(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, selecti
     return 1.0 - float((share[0] * kept[:, None]).sum(-1).mean())
 
 
-def planted(engine: Engine, text: str, num_tokens: int, seed: int, num_facts: int) -> tuple[str, list[tuple[str, str]]]:
-    """A document of about num_tokens tokens with facts at even depths, and (question, answer) pairs."""
-    draw = random.Random(seed)
-    start = draw.randrange(len(text) - num_tokens * 8)
-    ids = engine.tokenizer.encode(text[start : start + num_tokens * 8])[:num_tokens]
-    names = draw.sample(WORDS, num_facts)
-    pieces, pairs = [], []
-    for i, name in enumerate(names):
-        number = str(draw.randrange(10_000, 100_000))
-        pieces.append(engine.tokenizer.decode(ids[len(ids) * i // num_facts : len(ids) * (i + 1) // num_facts]))
-        pieces.append(f"\n\nThe pass key of {name} is {number}. Remember it. {number} is the pass key of {name}.\n\n")
-        pairs.append((f"What is the pass key of {name}? Answer with the number only.", number))
-    return "".join(pieces), pairs
+def planted(engine: Engine, text: str, num_tokens: int, depth: float, key: int) -> str:
+    """A document of about num_tokens tokens with a pass key at a depth between 0 and 1."""
+    ids = engine.tokenizer.encode(text[: num_tokens * 8])[:num_tokens]
+    cut = int(len(ids) * depth)
+    fact = f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
+    return engine.tokenizer.decode(ids[:cut]) + fact + engine.tokenizer.decode(ids[cut:])
 
 
 def main() -> None:
@@ -107,7 +88,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=7500)
     parser.add_argument("--budgets", default="768,1024")
     parser.add_argument("--documents", type=int, default=2)
-    parser.add_argument("--facts", type=int, default=6)
     parser.add_argument("--kv-dtype", default="int4")
     parser.add_argument("--text")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
@@ -123,19 +103,21 @@ def main() -> None:
             scheduler=SchedulerConfig(max_batch_size=4),
         )
         settings = [(rule, budget) for rule in RULES if rule[1] == logical_page_size for budget in budgets]
-        right = {key: 0 for key in [None, *range(len(settings))]}
+        right = dict.fromkeys([None, *range(len(settings))], 0)
         lost: dict[int, list[float]] = {i: [] for i in range(len(settings))}
-        total = 0
+        total, draw = 0, random.Random(0)
         for document in range(args.documents):
-            body, pairs = planted(engine, text, args.tokens - 60 * args.facts - 64, document, args.facts)
-            for question, answer in pairs:
-                prompt = engine.tokenizer.apply_chat_template([{"role": "user", "content": f"{body}\n\n{question}"}])
+            passage = text[len(text) * document // args.documents :]
+            for depth in DEPTHS:
+                key = draw.randrange(10_000, 100_000)
+                body = planted(engine, passage, args.tokens - 100, depth, key)
+                prompt = engine.tokenizer.encode_chat([("user", f"{body}\n\n{QUESTION}")])
                 total += 1
-                right[None] += answer in run_greedy(engine, prompt, 16, dense=True)[0]
+                right[None] += str(key) in run_greedy(engine, prompt, 12, dense=True)[0]
                 for i, ((_, _, rule, factor), budget) in enumerate(settings):
                     with_rule(engine, rule, factor, budget)
                     with MassLost() as mass:
-                        right[i] += answer in run_greedy(engine, prompt, 16)[0]
+                        right[i] += str(key) in run_greedy(engine, prompt, 12)[0]
                     lost[i] += mass.values
         for i, ((name, _, _, _), budget) in enumerate(settings):
             low, high = wilson(right[i], total)
@@ -145,7 +127,7 @@ def main() -> None:
         name = f"dense, {args.kv_dtype}, logical pages of {logical_page_size}"
         rows.append((name, "", f"{right[None]}/{total}", "", "0 %"))
         results.append({"rule": name, "right": right[None], "total": total})
-    print(f"{args.tokens} tokens, {args.documents} documents x {args.facts} facts, {args.kv_dtype} pages")
+    print(f"{args.tokens} tokens, {args.documents} documents x {len(DEPTHS)} depths, {args.kv_dtype} pages")
     print_table(("rule", "budget", "right", "95 % interval", "mass lost"), rows)
     report("selection", {"tokens": args.tokens, "results": results}, args.write)
 
