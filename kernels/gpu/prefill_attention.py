@@ -207,7 +207,12 @@ def prefill_attention(
     batch: PrefillBatch,
     block_lists: BlockLists | None,
 ) -> torch.Tensor:
-    """See `kernels.prefill_attention.prefill_attention`; one launch for each head class that has heads."""
+    """See `kernels.prefill_attention.prefill_attention`; one launch for each head class that has heads.
+
+    Raises ValueError when scratch_key and scratch_value differ in strides.
+    """
+    if scratch_key.stride() != scratch_value.stride():
+        raise ValueError(f"scratch strides must be equal, got {scratch_key.stride()} and {scratch_value.stride()}")
     out = torch.empty_like(query)
     tiles = query_tiles(batch, query.device)
     tensors = (query, key, value, scratch_key, scratch_value, out, layer)

@@ -118,6 +118,14 @@ def test_empty_batches_and_strided_inputs(path):
     assert relative_error(out, oracle.prefill_attention(*case.arguments)) < 1e-5
 
 
+def test_scratches_of_different_strides_are_refused():
+    case = make_prefill_case([0], [40], streaming=[False, False])
+    arguments = list(case.arguments)
+    arguments[4] = case.scratch_value.transpose(0, 1).contiguous().transpose(0, 1)
+    with pytest.raises(ValueError, match="scratch strides must be equal"):
+        gpu.prefill_attention(*arguments, None)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tiles_read_by_pointer_for_cards_without_tensor_memory_access(streaming):
     device = path_device(gpu)
