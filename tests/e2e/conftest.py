@@ -43,7 +43,7 @@ def running() -> Iterator[RunningCluster]:
             "model": {"path": str(demo_model()), "served_name": SERVED_NAME},
             "cache": {"kv_dtype": "int4", "retrieval_pool_bytes": 256 << 20},
             "sparsity": {"token_budget": 1024},
-            "prefill": {"replicas": 1, "local_threshold": 0, "chunk_size": 512},
+            "prefill": {"replicas": 1, "local_threshold": 0, "chunk_size": 128},
             "decode": {"replicas": 2, "max_batch_size": 8},
             "router": {"port": free_port(), "max_running_requests": 8, "max_queued_requests": 2},
             "redis": {"url": valkey.url},
