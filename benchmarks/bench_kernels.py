@@ -1,7 +1,9 @@
 """Times every kernel on a GPU beside its floor, in one run: `python benchmarks/bench_kernels.py [--only SECTION ...]`.
 
-A floor is bytes over the copy bandwidth or operations over the matrix rate, both measured here, or a rival in the same run. `fraction` is
-floor time over measured time: 1 is perfect. The last line is JSON. Inputs are random; repeated calls rotate among buffers larger than the L2.
+A floor is bytes over the copy bandwidth or operations over the matrix rate, both measured here, or a rival in the
+same run. `fraction` is
+floor time over measured time: 1 is perfect. The last line is JSON. Inputs are random; repeated calls rotate among
+buffers larger than the L2.
 """
 
 import argparse
@@ -66,7 +68,8 @@ def main() -> int:
         torch.cuda.empty_cache()
     show(rows)
     result = {"environment": environment(), "ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]}
-    print(f"copy {ceilings.copy / 1e12:.2f} TB/s, read {ceilings.read / 1e12:.2f} TB/s, bf16 {ceilings.bf16 / 1e12:.0f} TFLOP/s")
+    print(f"copy {ceilings.copy / 1e12:.2f} TB/s, read {ceilings.read / 1e12:.2f} TB/s", end=", ")
+    print(f"bf16 {ceilings.bf16 / 1e12:.0f} TFLOP/s")
     line = json.dumps(result)
     if arguments.json:
         arguments.json.write_text(line + "\n")

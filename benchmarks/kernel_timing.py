@@ -11,8 +11,8 @@ import torch
 class Row:
     """One measured case.
 
-    us: median time of one call. floor: what the floor is made of ("bytes", "operations" or a named rival). fraction: floor time over measured
-    time. bar: what must hold, in words, or empty. met: whether it does (None without a bar).
+    us: median time of one call. floor: what the floor is made of ("bytes", "operations" or a named rival). fraction:
+    floor time over measured time. bar: what must hold, in words, or empty. met: whether it does (None without a bar).
     """
 
     section: str
@@ -26,7 +26,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The card's rates: bytes per second of a large copy (read and written both counted) and of a large read, operations per second of large products."""
+    """The card's rates: bytes per second of a large copy (read and written both counted) and of a large read,
+    operations per second of large products.
+    """
 
     copy: float
     read: float
@@ -34,7 +36,9 @@ class Ceilings:
 
 
 def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 15, rounds: int = 1) -> float:
-    """Median microseconds of one call. All calls (on different buffers, so that no cache helps) are captured into one graph."""
+    """Median microseconds of one call. All calls (on different buffers, so that no cache helps) are captured into one
+    graph.
+    """
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -55,7 +59,9 @@ def graph_us(calls: Sequence[Callable[[], object]], repeats: int = 15, rounds: i
 
 
 def copy_us(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], repeats: int = 15, rounds: int = 4) -> float:
-    """Median microseconds of one plain copy (target, source), launched one by one: inside a graph a copy becomes a slower memcpy node."""
+    """Median microseconds of one plain copy (target, source), launched one by one: inside a graph a copy becomes a
+    slower memcpy node.
+    """
     times = []
     for _ in range(repeats + 2):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

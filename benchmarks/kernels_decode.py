@@ -1,7 +1,10 @@
-"""Sections of `bench_kernels.py`: writing pages, page selection and decode attention, one layer of an 8B model's shape."""
+"""Sections of `bench_kernels.py`: writing pages, page selection and decode attention, one layer of an 8B model's
+shape.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from kernel_timing import Ceilings, Row, copy_us, graph_us
@@ -37,7 +40,9 @@ def random_pool(num_pages: int, num_slots: int, layout: SlotLayout) -> torch.Ten
 class DecodeInputs:
     """Several layers over shared page tables, so that repeated calls read different memory."""
 
-    def __init__(self, context: int, num_batch: int, kv_dtype: str, num_streaming: int, budget: int, num_layers: int) -> None:
+    def __init__(
+        self, context: int, num_batch: int, kv_dtype: str, num_streaming: int, budget: int, num_layers: int
+    ) -> None:
         self.layout = make_slot_layout(kv_dtype, HEAD_DIM)
         pages = context // PAGE
         num_retrieval = KV_HEADS - num_streaming
@@ -54,7 +59,8 @@ class DecodeInputs:
         self.layers = [
             LayerView(
                 layout=self.layout, retrieval_pool=pool, streaming_pool=streaming_pool,
-                head_slots=torch.where(streaming, layer * num_streaming + heads - num_retrieval, layer * num_retrieval + heads).int(),
+                head_slots=torch.where(streaming, layer * num_streaming + heads - num_retrieval,
+                layer * num_retrieval + heads).int(),
                 head_streaming=streaming, retrieval_heads=heads[:num_retrieval], streaming_heads=heads[num_retrieval:],
                 first_retrieval_slot=layer * num_retrieval, first_streaming_slot=layer * num_streaming,
                 tail_key=tail[:, layer, :, 0], tail_value=tail[:, layer, :, 1],
@@ -91,7 +97,8 @@ class DecodeInputs:
         """One page selection call per layer, in a step that chooses or in one that does not."""
         batch = replace(self.batch, reselect=torch.full_like(self.batch.reselect, reselect))
         return [
-            lambda i=i: page_select(self.query[i], self.layers[i], batch, self.selections[i]) for i in range(len(self.layers))
+            lambda i=i: page_select(self.query[i], self.layers[i], batch, self.selections[i])
+            for i in range(len(self.layers))
         ]
 
 
@@ -123,7 +130,14 @@ def sparse_decode(ceilings: Ceilings) -> list[Row]:
     rows = []
     times: dict[tuple[int, int], float] = {}
     budget = 8192 // PAGE
-    for context, num_batch, layers in ((32768, 1, 32), (131072, 1, 16), (524288, 1, 8), (1048576, 1, 8), (32768, 8, 8), (131072, 8, 8)):
+    for context, num_batch, layers in (
+        (32768, 1, 32),
+        (131072, 1, 16),
+        (524288, 1, 8),
+        (1048576, 1, 8),
+        (32768, 8, 8),
+        (131072, 8, 8),
+    ):
         inputs = DecodeInputs(context, num_batch, "int4", KV_HEADS // 2, budget, layers)
         choosing = graph_us(inputs.select(True))
         skipping = graph_us(inputs.select(False))
@@ -146,8 +160,10 @@ def sparse_decode(ceilings: Ceilings) -> list[Row]:
             bar, met = "<= 1.50 of attention", share <= 1.50
         scored = min(4 * budget, context // PAGE)
         layout = inputs.layout
-        read = num_batch * (KV_HEADS // 2) * (
-            context // PAGE * (layout.value_codes - layout.key_min) + scored * layout.value_codes
+        read = (
+            num_batch
+            * (KV_HEADS // 2)
+            * (context // PAGE * (layout.value_codes - layout.key_min) + scored * layout.value_codes)
         )
         rows.append(Row("page_select", f"{name} choosing", choosing, "bytes", read / ceilings.copy / choosing * 1e6))
         rows.append(Row("page_select", f"{name} not choosing", skipping))
@@ -155,38 +171,40 @@ def sparse_decode(ceilings: Ceilings) -> list[Row]:
     return rows
 
 
-def page_traffic(ceilings: Ceilings) -> list[Row]:
-    """Writing and reading back 8K tokens of all heads, beside a plain copy of the same number of bytes."""
-    rows = []
+def _traffic_of(kv_dtype: str) -> list[Row]:
     num_pages, buffers = 8192 // PAGE, 4
     heads = torch.arange(KV_HEADS, device="cuda")
-    for kv_dtype in ("int4", "int8", "k8v4", "bf16"):
-        layout = make_slot_layout(kv_dtype, HEAD_DIM)
-        pool = random_pool(num_pages * buffers, KV_HEADS, layout)
-        ids = torch.randperm(num_pages * buffers, device="cuda").view(buffers, num_pages)
-        key, value = torch.randn(2, buffers, num_pages, PAGE, KV_HEADS, HEAD_DIM, device="cuda").bfloat16()
-        moved = 2 * key[0].nbytes + num_pages * KV_HEADS * layout.slot_bytes
-        source, target = torch.empty(2, buffers, moved // 2, dtype=torch.uint8, device="cuda").random_()
-        plain = copy_us([(target[i], source[i]) for i in range(buffers)])
-        us = graph_us(
-            [lambda i=i: write_pages(key[i], value[i], heads, pool, ids[i], heads, layout) for i in range(buffers)], rounds=4
-        )
-        rows.append(Row("kv_write", f"{kv_dtype} 8K tokens", us, "copy", plain / us, ">= 0.60 of a copy", plain / us >= 0.60))
-        scratch = torch.empty(buffers, 2, KV_HEADS, num_pages * PAGE, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-        offsets = torch.arange(num_pages, device="cuda") * PAGE
-        us = graph_us(
-            [
-                lambda i=i: read_pages(pool, ids[i], heads, layout, scratch[i, 0], scratch[i, 1], heads, offsets)
-                for i in range(buffers)
-            ],
-            rounds=4,
-        )
-        rows.append(Row("kv_read", f"{kv_dtype} 8K tokens", us, "copy", plain / us))
+    layout = make_slot_layout(kv_dtype, HEAD_DIM)
+    pool = random_pool(num_pages * buffers, KV_HEADS, layout)
+    ids = torch.randperm(num_pages * buffers, device="cuda").view(buffers, num_pages)
+    key, value = torch.randn(2, buffers, num_pages, PAGE, KV_HEADS, HEAD_DIM, device="cuda").bfloat16()
+    scratch = torch.empty(buffers, 2, KV_HEADS, num_pages * PAGE, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    offsets = torch.arange(num_pages, device="cuda") * PAGE
+    moved = 2 * key[0].nbytes + num_pages * KV_HEADS * layout.slot_bytes
+    source, target = torch.empty(2, buffers, moved // 2, dtype=torch.uint8, device="cuda").random_()
+
+    def write(i: int) -> None:
+        write_pages(key[i], value[i], heads, pool, ids[i], heads, layout)
+
+    def read(i: int) -> None:
+        read_pages(pool, ids[i], heads, layout, scratch[i, 0], scratch[i, 1], heads, offsets)
+
+    name = f"{kv_dtype} 8K tokens"
+    plain = copy_us([(target[i], source[i]) for i in range(buffers)])
+    us = graph_us([partial(write, i) for i in range(buffers)], rounds=4)
+    rows = [Row("kv_write", name, us, "copy", plain / us, ">= 0.60 of a copy", plain / us >= 0.60)]
+    us = graph_us([partial(read, i) for i in range(buffers)], rounds=4)
+    return [*rows, Row("kv_read", name, us, "copy", plain / us)]
+
+
+def page_traffic(_: Ceilings) -> list[Row]:
+    """Writing and reading back 8K tokens of all heads, beside a plain copy of the same number of bytes."""
+    rows = [row for kv_dtype in ("int4", "int8", "k8v4", "bf16") for row in _traffic_of(kv_dtype)]
     tail = torch.zeros(64, KV_HEADS, 2, PAGE, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     new = torch.randn(64, KV_HEADS, HEAD_DIM, device="cuda").bfloat16()
     at = torch.arange(64, device="cuda")
-    rows.append(Row("kv_write", "one token x 64", graph_us([lambda: append_tail(new, new, tail[:, :, 0], tail[:, :, 1], at, at)], rounds=8)))
-    return rows
+    us = graph_us([lambda: append_tail(new, new, tail[:, :, 0], tail[:, :, 1], at, at)], rounds=8)
+    return [*rows, Row("kv_write", "one token x 64", us)]
 
 
 SECTIONS = {"dense_decode": dense_decode, "sparse_decode": sparse_decode, "page_traffic": page_traffic}

@@ -1,12 +1,14 @@
 """`python -m lserve.kernels.compile_check`: compiles the kernels offline and reads what the compiler made of them.
 
-No GPU is needed. Each case calls an operation's launcher on CPU tensors of a real shape; the launches are recorded instead of run, so
-the very constants and specializations of production are compiled. Prints registers, spills, shared memory and the matrix
-instruction; fails on spills, or where a case that promises wgmma has none.
+No GPU is needed. Each case calls an operation's launcher on CPU tensors of a real shape; the launches are recorded
+instead of run, so the very constants and specializations of production are compiled. Prints registers, spills, shared
+memory and the matrix instruction; fails on spills, or where a case that promises wgmma has none.
 """
 
 import argparse
 import contextlib
+import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -21,7 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITFunction, mangle_type
+
+LISTS = {"compile_decode": "DECODE_CASES", "compile_prefill": "PREFILL_CASES", "compile_linear": "LINEAR_CASES"}
+"""Modules beside this one and their lists of cases; at most 60 variants in all."""
 
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "launch_pdl")
 
@@ -51,7 +56,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one kernel; registers per thread, spills in bytes per thread, shared memory in bytes."""
+    """What the compiler made of one kernel; registers per thread, spills in bytes per thread, shared memory in
+    bytes.
+    """
 
     kernel: str
     capability: int
@@ -84,7 +91,14 @@ def recorded() -> Iterator[list[Launch]]:
 
 def _type_name(dtype: torch.dtype) -> str:
     names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64", "bool": "i1", "uint8": "u8"}
-    names |= {"float8_e4m3fn": "fp8e4nv", "float8_e5m2": "fp8e5", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64"}
+    names |= {
+        "float8_e4m3fn": "fp8e4nv",
+        "float8_e5m2": "fp8e5",
+        "int8": "i8",
+        "int16": "i16",
+        "int32": "i32",
+        "int64": "i64",
+    }
     return names[str(dtype).removeprefix("torch.")]
 
 
@@ -110,8 +124,7 @@ def source(launch: Launch) -> ASTSource:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             divisible = value % 16 == 0 and not parameter.do_not_specialize
         elif type(value).__name__ == "TensorDescriptor":
-            shape = ",".join(map(str, value.block_shape))
-            signature[parameter.name] = f"tensordesc<{_type_name(value.base.dtype)}[{shape}]>"
+            signature[parameter.name] = mangle_type(value)
         else:
             raise TypeError(f"{launch.function.__name__}: argument {parameter.name} of type {type(value).__name__}")
         if divisible:
@@ -136,7 +149,9 @@ def disassemble(cubin: bytes, *flags: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([_tool("cuobjdump"), *flags, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [_tool("cuobjdump"), *flags, file.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def report(launch: Launch, capability: int) -> Report:
@@ -151,18 +166,19 @@ def report(launch: Launch, capability: int) -> Report:
 
 def check(cases: list[Case]) -> list[str]:
     """Compiles every case, prints a table and returns what failed."""
-    failures, compiled = [], 0
+    failures: list[str] = []
+    seen: set[str] = set()
     print(f"{'case':<44} {'kernel':<26} {'sm':>3} {'regs':>4} {'spill':>5} {'shared':>7}  matrix")
     for case in cases:
         with recorded() as launches:
             case.launch()
-        seen = set()
         for launch in launches:
             for capability in case.capabilities:
-                result = report(launch, capability)
-                if (result in seen) or seen.add(result):
+                variant = f"{source(launch).hash()} {launch.options} {capability}"
+                if variant in seen:
                     continue
-                compiled += 1
+                seen.add(variant)
+                result = report(launch, capability)
                 print(
                     f"{case.name:<44} {result.kernel:<26} {capability:>3} {result.registers:>4} {result.spills:>5} "
                     f"{result.shared:>7}  {result.matrix}",
@@ -172,8 +188,17 @@ def check(cases: list[Case]) -> list[str]:
                     failures.append(f"{case.name}: {result.kernel} spills {result.spills} bytes on sm_{capability}")
                 if capability == 90 and result.kernel in case.wgmma and "wgmma" not in result.matrix:
                     failures.append(f"{case.name}: {result.kernel} does not use wgmma on sm_90")
-    print(f"{compiled} variants, {len(failures)} failures")
+    print(f"{len(seen)} variants, {len(failures)} failures")
     return failures
+
+
+def listed_cases() -> list[Case]:
+    """The cases of all lists that are there."""
+    cases: list[Case] = []
+    for module, name in LISTS.items():
+        if importlib.util.find_spec(f"{__package__}.{module}"):
+            cases += getattr(importlib.import_module(f".{module}", __package__), name)
+    return cases
 
 
 def main() -> int:
@@ -181,9 +206,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="compile only the cases whose name contains this")
     arguments = parser.parse_args()
-    from .compile_cases import CASES
-
-    failures = check([case for case in CASES if arguments.only in case.name])
+    failures = check([case for case in listed_cases() if arguments.only in case.name])
     for failure in failures:
         print(failure, file=sys.stderr)
     return bool(failures)

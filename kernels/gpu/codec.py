@@ -1,8 +1,10 @@
 """Slot bytes to numbers inside kernels: unpacking and dequantization in registers.
 
-Half pages are the unit: `low` is a page's first P/2 tokens, `high` the rest, because a 4-bit byte holds one token of each.
-In half precision the codes never pass through an integer conversion: a byte b under the high byte 0x64 is the fp16 number 1024 + b
-(its low nibble alone 1024 + n, its high nibble 1024 + 16 n), so two codes cost a permute, a subtraction and a fused multiply-add.
+Half pages are the unit: `low` is a page's first P/2 tokens, `high` the rest, because a 4-bit byte holds one token of
+each.
+In half precision the codes never pass through an integer conversion: a byte b under the high byte 0x64 is the fp16
+number 1024 + b (its low nibble alone 1024 + n, its high nibble 1024 + 16 n), so two codes cost a permute, a
+subtraction and a fused multiply-add.
 """
 
 import torch
@@ -18,8 +20,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 def math_dtype(layout: SlotLayout, query_dtype: torch.dtype) -> tl.dtype:
     """The operand dtype of products with a page's keys and values; products always accumulate in float32.
 
-    Quantized pages are read in fp16 (finer than bf16, and the range is enough by the format: minimum and step are fp16);
-    bf16 pages in bf16; anything with float32 in it in float32.
+    Quantized pages are read in fp16 (finer than bf16, and the range is enough by the format: minimum and step are
+    fp16); bf16 pages in bf16; anything with float32 in it in float32.
     """
     if query_dtype == torch.float32 or layout.kv_dtype == "float32":
         return tl.float32
@@ -35,16 +37,22 @@ def pool_views(pool: torch.Tensor, layout: SlotLayout) -> tuple[torch.Tensor, to
 
 @triton.jit
 def load_codes(base, offset, row_stride: tl.constexpr, rows, columns, COLUMNS: tl.constexpr, keep):
-    """A [rows, columns] tile of codes or floats at element `offset`; columns from COLUMNS on and tiles not kept read as 0."""
+    """A [rows, columns] tile of codes or floats at element `offset`; columns from COLUMNS on and tiles not kept read
+    as 0.
+    """
     mask = (columns < COLUMNS)[None, :] & keep
-    return tl.load(base + tl.multiple_of(offset, 16) + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0)
+    return tl.load(
+        base + tl.multiple_of(offset, 16) + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0
+    )
 
 
 @triton.jit
 def load_halves(
     base, offset, columns, COLUMNS: tl.constexpr, LOGICAL: tl.constexpr, HALF: tl.constexpr, HIGH: tl.constexpr, keep
 ):
-    """Key minimum or step of the low or high half page, fp16 [columns] or, where a half has several logical pages, [HALF, columns]."""
+    """Key minimum or step of the low or high half page, fp16 [columns] or, where a half has several logical pages,
+    [HALF, columns].
+    """
     if LOGICAL >= HALF:
         group: tl.constexpr = HIGH * HALF // LOGICAL
         return tl.load(
@@ -137,8 +145,8 @@ def dequantize(
 ):  # fmt: skip
     """Both half pages [P/2, D] as DTYPE.
 
-    first, second: the halves' codes (or floats); at 4 bits `first` holds both and `second` is ignored, as are steps and minima at
-    16 and 32 bits, which else are vectors per channel or per token, or whole tiles.
+    first, second: the halves' codes (or floats); at 4 bits `first` holds both and `second` is ignored, as are steps
+    and minima at 16 and 32 bits, which else are vectors per channel or per token, or whole tiles.
     ASM: use packed arithmetic (fp16 only), which the interpreter lacks.
     """
     if BITS < 16:
@@ -146,9 +154,9 @@ def dequantize(
         high_step, high_min = tile(high_step, PER_CHANNEL), tile(high_min, PER_CHANNEL)
     if BITS >= 16:
         return first.to(DTYPE), second.to(DTYPE)
-    elif ASM and DTYPE == tl.float16 and BITS == 8:
+    elif ASM and tl.float16 == DTYPE and BITS == 8:
         return _fma4(first, low_step, low_min), _fma4(second, high_step, high_min)
-    elif ASM and DTYPE == tl.float16:
+    elif ASM and tl.float16 == DTYPE:
         return _fma8(first, low_step, low_min, high_step, high_min)
     elif BITS == 8:
         return _dequantize_low_high(first, second, low_step, low_min, high_step, high_min, DTYPE)

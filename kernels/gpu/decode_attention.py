@@ -1,7 +1,7 @@
 """Triton kernels of `decode_attention`: split over pages of both head classes at once, then a merge by log-sum-exp.
 
-A unit of work is one page of one KV head; the head's tail is its last unit. Pages are prefetched one ahead into registers,
-page ids two ahead, so that no load waits for another.
+A unit of work is one page of one KV head; the head's tail is its last unit. Pages are prefetched one ahead into
+registers, page ids two ahead, so that no load waits for another.
 """
 
 import torch
@@ -10,7 +10,17 @@ import triton.language as tl
 
 from ..views import DecodeBatch, LayerView, Selection
 from .codec import INTERPRETED, dequantize, load_codes, load_halves, math_dtype, pool_views
-from .work import always_kept, first_window_page, listed_pages, num_programs, sealed_pages, sequence_of
+from .work import (
+    always_kept,
+    first_window_page,
+    listed_pages,
+    num_programs,
+    run_of,
+    run_start,
+    runs,
+    sealed_pages,
+    sequence_of,
+)
 
 if not INTERPRETED:
     from . import decode_packed, packed
@@ -18,7 +28,6 @@ if not INTERPRETED:
 PROGRAMS_PER_MULTIPROCESSOR = 4
 MIN_UNITS = 2
 MERGE_BLOCK = 32
-STAGES = 3
 LOG2_E = 1.4426950408889634
 
 
@@ -48,7 +57,8 @@ def _page_id(table, chosen, j, is_chosen, num_first, gap):
 @triton.jit
 def _load_key_range(
     half, slot, columns, keep,
-    D: tl.constexpr, HALF: tl.constexpr, LOGICAL: tl.constexpr, BITS: tl.constexpr, MIN: tl.constexpr, STEP: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, LOGICAL: tl.constexpr, BITS: tl.constexpr, MIN: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """Step and minimum of the low half's keys, then of the high half's, of the slot at a byte offset."""
     if BITS >= 16:
@@ -62,7 +72,9 @@ def _load_key_range(
 
 
 @triton.jit
-def _load_value_range(half, slot, rows, keep, HALF: tl.constexpr, BITS: tl.constexpr, MIN: tl.constexpr, STEP: tl.constexpr):
+def _load_value_range(
+    half, slot, rows, keep, HALF: tl.constexpr, BITS: tl.constexpr, MIN: tl.constexpr, STEP: tl.constexpr
+):
     """The same of the values, per token."""
     if BITS >= 16:
         return 0.0, 0.0, 0.0, 0.0
@@ -88,8 +100,9 @@ def _decode_kernel(
     RETRIEVAL: tl.constexpr, STREAMING: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, LOGICAL: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
-    KEY_MIN: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_CODES: tl.constexpr, VALUE_MIN: tl.constexpr, VALUE_STEP: tl.constexpr,
-    DTYPE: tl.constexpr, TAIL_DTYPE: tl.constexpr, BLOCK_B: tl.constexpr, MIN_UNITS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+    KEY_MIN: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_CODES: tl.constexpr, VALUE_MIN: tl.constexpr,
+    VALUE_STEP: tl.constexpr,
+    DTYPE: tl.constexpr, TAIL_DTYPE: tl.constexpr, BLOCK_B: tl.constexpr, MIN_UNITS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = 2 * HALF
     UNIT: tl.constexpr = 8 if KEY_BITS < 16 else KEY_BITS
@@ -99,9 +112,9 @@ def _decode_kernel(
     sink_pages = (sink_size + P - 1) // P
     ends = _unit_ends(positions, budgets, num_batch, sink_pages, window, RETRIEVAL, STREAMING, P, BLOCK_B)
     total = tl.max(ends, 0)
-    run = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_UNITS)
-    unit = program * run
-    last = tl.minimum(unit + run, total)
+    num_runs = runs(total, tl.num_programs(0), MIN_UNITS)
+    unit = run_start(program, total, num_runs)
+    last = run_start(program + 1, total, num_runs)
 
     g = tl.arange(0, BLOCK_G)
     rows = tl.arange(0, HALF)
@@ -155,7 +168,9 @@ def _decode_kernel(
         unit += stop - start
         last_page = tl.minimum(stop, count)
 
-        q_pointers = query + b.to(tl.int64) * query_stride_b + (head * GROUP + g)[:, None] * query_stride_h + columns[None, :]
+        q_pointers = (
+            query + b.to(tl.int64) * query_stride_b + (head * GROUP + g)[:, None] * query_stride_h + columns[None, :]
+        )
         q = tl.load(q_pointers, mask=in_query, other=0).to(DTYPE)
         highest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
         weight = tl.zeros((BLOCK_G,), tl.float32)
@@ -169,7 +184,7 @@ def _decode_kernel(
         ks0, km0, ks1, km1 = _load_key_range(half, at, columns, keep, D, HALF, LOGICAL, KEY_BITS, KEY_MIN, KEY_STEP)
         vs0, vm0, vs1, vm1 = _load_value_range(half, at, rows, keep, HALF, VALUE_BITS, VALUE_MIN, VALUE_STEP)
         id_next, index_next = _page_id(table, chosen, tl.minimum(start + 1, final), is_chosen, num_first, gap)
-        for j in tl.range(start, last_page, num_stages=STAGES):
+        for j in tl.range(start, last_page, num_stages=1):
             k0 = load_codes(codes, at * 8 // UNIT, D, rows, columns, D, True)
             k1 = k0 if KEY_BITS == 4 else load_codes(codes, at * 8 // UNIT + HALF * D, D, rows, columns, D, True)
             v_at = (at + VALUE_CODES) * 8 // UNIT
@@ -201,7 +216,7 @@ def _decode_kernel(
 
         if stop > length:
             q_tail = tl.load(q_pointers, mask=in_query, other=0).to(TAIL_DTYPE)
-            for part in range(2):
+            for part in tl.range(2, num_stages=1):
                 token = sealed * P + part * HALF + rows
                 seen = token <= position
                 if is_streaming:
@@ -209,10 +224,14 @@ def _decode_kernel(
                 mask = seen[:, None] & (columns < D)[None, :]
                 tail_rows = (part * HALF + rows).to(tl.int64)[:, None]
                 key = tl.load(
-                    tail_key + row * tk_stride_r + head * tk_stride_h + tail_rows * tk_stride_t + columns[None, :], mask=mask, other=0
+                    tail_key + row * tk_stride_r + head * tk_stride_h + tail_rows * tk_stride_t + columns[None, :],
+                    mask=mask,
+                    other=0,
                 ).to(TAIL_DTYPE)
                 value = tl.load(
-                    tail_value + row * tv_stride_r + head * tv_stride_h + tail_rows * tv_stride_t + columns[None, :], mask=mask, other=0
+                    tail_value + row * tv_stride_r + head * tv_stride_h + tail_rows * tv_stride_t + columns[None, :],
+                    mask=mask,
+                    other=0,
                 ).to(TAIL_DTYPE)
                 s = tl.dot(q_tail, tl.trans(key), input_precision="ieee") * scale
                 s = tl.where(seen[None, :], s, float("-inf"))
@@ -226,7 +245,9 @@ def _decode_kernel(
 
         if (start == 0) & (stop > length):
             result = acc / weight[:, None]
-            out_pointers = out + b.to(tl.int64) * out_stride_b + (head * GROUP + g)[:, None] * out_stride_h + columns[None, :]
+            out_pointers = (
+                out + b.to(tl.int64) * out_stride_b + (head * GROUP + g)[:, None] * out_stride_h + columns[None, :]
+            )
             tl.store(out_pointers, result.to(out.dtype.element_ty), mask=in_query)
         else:
             place = (program + b * heads + order).to(tl.int64) * GROUP + g
@@ -251,7 +272,7 @@ def _merge_kernel(
     sink_pages = (sink_size + P - 1) // P
     ends = _unit_ends(positions, budgets, num_batch, sink_pages, window, RETRIEVAL, STREAMING, P, BLOCK_B)
     total = tl.max(ends, 0)
-    run = tl.maximum(tl.cdiv(total, programs), MIN_UNITS)
+    num_runs = runs(total, programs, MIN_UNITS)
     position = tl.load(positions + b)
     length = listed_pages(position, tl.load(budgets + b), sink_pages, window, P) + 1
     first = tl.max(tl.where(tl.arange(0, BLOCK_B) < b, ends, 0), 0)
@@ -263,8 +284,8 @@ def _merge_kernel(
         length = always_kept(position, sink_pages, window, P) + 1
         first += (order - RETRIEVAL) * length
         head = tl.load(streaming_heads + order - RETRIEVAL).to(tl.int32)
-    low = first // run
-    high = (first + length - 1) // run
+    low = run_of(first, total, num_runs)
+    high = run_of(first + length - 1, total, num_runs)
     if low == high:
         return
     columns = tl.arange(0, BLOCK_D)
@@ -312,12 +333,12 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
     retrieval_codes, retrieval_half = pool_views(layer.retrieval_pool, layout)
     streaming_codes, streaming_half = pool_views(layer.streaming_pool, layout)
     block_b, block_d = triton.next_power_of_2(num_batch), triton.next_power_of_2(head_dim)
-    common = dict(
-        RETRIEVAL=num_retrieval, STREAMING=num_streaming, GROUP=group, D=head_dim, LOGICAL=layout.logical_page_size,
-        KEY_BITS=layout.key_bits, VALUE_BITS=layout.value_bits,
-        KEY_MIN=layout.key_min, KEY_STEP=layout.key_step, VALUE_CODES=layout.value_codes,
-        VALUE_MIN=layout.value_min, VALUE_STEP=layout.value_step, BLOCK_B=block_b, MIN_UNITS=MIN_UNITS,
-    )  # fmt: skip
+    common = {
+        "RETRIEVAL": num_retrieval, "STREAMING": num_streaming, "GROUP": group, "D": head_dim,
+        "LOGICAL": layout.logical_page_size, "KEY_BITS": layout.key_bits, "VALUE_BITS": layout.value_bits,
+        "KEY_MIN": layout.key_min, "KEY_STEP": layout.key_step, "VALUE_CODES": layout.value_codes,
+        "VALUE_MIN": layout.value_min, "VALUE_STEP": layout.value_step, "BLOCK_B": block_b, "MIN_UNITS": MIN_UNITS,
+    }  # fmt: skip
     arguments = (
         layer.head_slots, layer.retrieval_heads, layer.streaming_heads,
         batch.rows, batch.positions, batch.budget_pages, batch.retrieval_table, batch.streaming_table,
@@ -338,12 +359,13 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
         _decode_kernel[(programs,)](
             *partial, *pools, *arguments,
             BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d, HALF=layout.page_size // 2,
-            DTYPE=math_dtype(layout, query.dtype), TAIL_DTYPE=tail_dtype, ASM=not INTERPRETED, STAGES=STAGES,
-            num_warps=4, **common,
+            DTYPE=math_dtype(layout, query.dtype), TAIL_DTYPE=tail_dtype, ASM=not INTERPRETED,
+            num_warps=8 if block_d >= 256 else 4, **common,
         )  # fmt: skip
     _merge_kernel[(num_batch * num_heads, group)](
         out, partial_out, partial_max, partial_sum, layer.retrieval_heads, layer.streaming_heads,
-        batch.positions, batch.budget_pages, num_batch, layer.sink_size, layer.local_window, programs, *out.stride()[:2],
+        batch.positions, batch.budget_pages, num_batch, layer.sink_size, layer.local_window, programs,
+        *out.stride()[:2],
         RETRIEVAL=num_retrieval, STREAMING=num_streaming, GROUP=group, D=head_dim, BLOCK_D=block_d,
         P=layout.page_size, BLOCK_B=block_b, BLOCK=MERGE_BLOCK, MIN_UNITS=MIN_UNITS,
         num_warps=4,

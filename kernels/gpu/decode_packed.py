@@ -11,24 +11,28 @@ from .packed import (
     LINE_SHARED,
     TOKEN_LAYOUT,
     VALUE_SHARED,
-    as_operand,
     copy_line,
     copy_tile,
+    page_scores,
+    unit_query,
+    weighted_values,
+)
+from .packed_operands import (
+    as_operand,
     folded,
     halves,
     in_row_order,
     in_value_order,
     key_channel,
-    page_scores,
     power_of_two_above,
-    unit_query,
     value_channel,
-    weighted_values,
 )
 
 always_kept = gluon.jit(work.always_kept.fn)
 first_window_page = gluon.jit(work.first_window_page.fn)
 listed_pages = gluon.jit(work.listed_pages.fn)
+run_start = gluon.jit(work.run_start.fn)
+runs = gluon.jit(work.runs.fn)
 sealed_pages = gluon.jit(work.sealed_pages.fn)
 sequence_of = gluon.jit(work.sequence_of.fn)
 
@@ -76,7 +80,8 @@ def _decode_packed_kernel(
     tk_stride_r, tk_stride_h, tk_stride_t, tv_stride_r, tv_stride_h, tv_stride_t,
     RETRIEVAL: gl.constexpr, STREAMING: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr,
     D: gl.constexpr, LOGICAL: gl.constexpr, KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr,
-    KEY_MIN: gl.constexpr, KEY_STEP: gl.constexpr, VALUE_CODES: gl.constexpr, VALUE_MIN: gl.constexpr, VALUE_STEP: gl.constexpr,
+    KEY_MIN: gl.constexpr, KEY_STEP: gl.constexpr, VALUE_CODES: gl.constexpr, VALUE_MIN: gl.constexpr,
+    VALUE_STEP: gl.constexpr,
     BLOCK_B: gl.constexpr, MIN_UNITS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     P: gl.constexpr = 64
@@ -100,10 +105,9 @@ def _decode_packed_kernel(
     units += STREAMING * (always_kept(every_position, sink_pages, window, P) + 1)
     ends = gl.associative_scan(gl.where(lines < num_batch, units, 0), 0, _add)
     total = gl.max(ends, 0)
-    programs = gl.num_programs(0)
-    run = gl.maximum((total + programs - 1) // programs, MIN_UNITS)
-    unit = program * run
-    last = gl.minimum(unit + run, total)
+    num_runs = runs(total, gl.num_programs(0), MIN_UNITS)
+    unit = run_start(program, total, num_runs)
+    last = run_start(program + 1, total, num_runs)
 
     n_b = gl.arange(0, N, gl.SliceLayout(0, B))
     k_b = key_channel(gl.arange(0, D, gl.SliceLayout(1, B)))
@@ -186,12 +190,26 @@ def _decode_packed_kernel(
             at = (id_ahead * page_stride + slot) // 4
             newest = j + STAGES - 1
             to = (newest - start) % STAGES
-            _copy_page(words, at, keys, key_ranges, values, value_ranges, to, newest < last_page, VALUE_CODES, KEY_MIN, VALUE_MIN)
+            _copy_page(
+                words,
+                at,
+                keys,
+                key_ranges,
+                values,
+                value_ranges,
+                to,
+                newest < last_page,
+                VALUE_CODES,
+                KEY_MIN,
+                VALUE_MIN,
+            )
             id_ahead = _page_id(table, chosen, gl.minimum(newest + 1, final), is_chosen, num_first, gap)
             page_token = (j + gl.where(j >= num_first, gap, 0)) * P + row_token
             stage = (j - start) % STAGES
             async_copy.wait_group(STAGES - 1)
-            s_low, s_high = page_scores(keys.index(stage), key_ranges.index(stage), q_unit, KEY_BITS, D, GROUPS, A, B, C)
+            s_low, s_high = page_scores(
+                keys.index(stage), key_ranges.index(stage), q_unit, KEY_BITS, D, GROUPS, A, B, C
+            )
 
             seen = (page_token < near) | (page_token >= far)
             s_low = gl.where(gl.expand_dims(seen, 1), s_low * factor, float("-inf"))
@@ -229,7 +247,9 @@ def _decode_packed_kernel(
         acc = acc * (value_unit * 16777216.0) + gl.expand_dims(minima, 0)
         total_weight = gl.convert_layout(gl.sum(weight, 0), COLUMN)
         if stop > length:
-            TILE: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8] if D <= 256 else [1, 32], [1, 1], [1, 0])
+            TILE: gl.constexpr = gl.BlockedLayout(
+                [1, 8], [32 * 8 // D, D // 8] if D <= 256 else [1, 32], [1, 1], [1, 0]
+            )
             tile_token = gl.arange(0, 32, gl.SliceLayout(1, TILE))
             tile_channel = gl.arange(0, D, gl.SliceLayout(0, TILE))
             k_plain = gl.arange(0, D, gl.SliceLayout(1, B))
@@ -241,7 +261,9 @@ def _decode_packed_kernel(
                 tail_at = gl.expand_dims(here.to(gl.int64) * tk_stride_t, 1) + gl.expand_dims(tile_channel, 0)
                 key = gl.load(tail_key + row * tk_stride_r + head * tk_stride_h + tail_at, mask=tile_mask, other=0.0)
                 tail_at = gl.expand_dims(here.to(gl.int64) * tv_stride_t, 1) + gl.expand_dims(tile_channel, 0)
-                value = gl.load(tail_value + row * tv_stride_r + head * tv_stride_h + tail_at, mask=tile_mask, other=0.0)
+                value = gl.load(
+                    tail_value + row * tv_stride_r + head * tv_stride_h + tail_at, mask=tile_mask, other=0.0
+                )
                 s = mma_v2(gl.convert_layout(key, A), q_plain, gl.full([32, N], 0.0, gl.float32, C))
                 here_row = part * 32 + gl.arange(0, 32, ROW)
                 seen = here_row <= in_page
@@ -263,7 +285,9 @@ def _decode_packed_kernel(
         in_out = (member < GROUP) & (gl.expand_dims(m_row, 1) >= 0)
         if (start == 0) & (stop > length):
             result = acc / gl.expand_dims(total_weight, 0)
-            target = out + b.to(gl.int64) * out_stride_b + (head * GROUP + member) * out_stride_h + gl.expand_dims(m_row, 1)
+            target = (
+                out + b.to(gl.int64) * out_stride_b + (head * GROUP + member) * out_stride_h + gl.expand_dims(m_row, 1)
+            )
             gl.store(target, result.to(out.dtype.element_ty), mask=in_out)
         else:
             place = (program + b * heads + order).to(gl.int64) * GROUP

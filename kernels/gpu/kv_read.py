@@ -35,7 +35,8 @@ def _read_pages_kernel(
     page_stride, slot_stride, key_stride_h, key_stride_t, value_stride_h, value_stride_t,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, LOGICAL: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
-    KEY_MIN: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_CODES: tl.constexpr, VALUE_MIN: tl.constexpr, VALUE_STEP: tl.constexpr,
+    KEY_MIN: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_CODES: tl.constexpr, VALUE_MIN: tl.constexpr,
+    VALUE_STEP: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     h = tl.program_id(1)

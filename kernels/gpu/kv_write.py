@@ -28,33 +28,41 @@ def _append_tail_kernel(
 
 
 @triton.jit
-def _half_below(x):
+def _half_below(x, ASM: tl.constexpr):
     """Largest fp16 that is at most x (float32)."""
-    half = x.to(tl.float16)
-    bits = half.to(tl.int16, bitcast=True)
-    below = tl.where(bits > 0, bits - 1, tl.where(bits == 0, -32767, bits + 1)).to(tl.int16)
-    return tl.where(half.to(tl.float32) > x, below.to(tl.float16, bitcast=True), half)
+    if ASM:
+        return tl.inline_asm_elementwise("cvt.rm.f16.f32 $0, $1;", "=h,f", [x], dtype=tl.float16, is_pure=True, pack=1)
+    else:
+        half = x.to(tl.float16)
+        bits = half.to(tl.int16, bitcast=True)
+        below = tl.where(bits > 0, bits - 1, tl.where(bits == 0, -32767, bits + 1)).to(tl.int16)
+        return tl.where(half.to(tl.float32) > x, below.to(tl.float16, bitcast=True), half)
 
 
 @triton.jit
-def _half_above(x):
+def _half_above(x, ASM: tl.constexpr):
     """Smallest fp16 that is at least x (float32, not negative)."""
-    half = x.to(tl.float16)
-    above = (half.to(tl.int16, bitcast=True) + 1).to(tl.int16).to(tl.float16, bitcast=True)
-    return tl.where(half.to(tl.float32) < x, above, half)
+    if ASM:
+        return tl.inline_asm_elementwise("cvt.rp.f16.f32 $0, $1;", "=h,f", [x], dtype=tl.float16, is_pure=True, pack=1)
+    else:
+        half = x.to(tl.float16)
+        above = (half.to(tl.int16, bitcast=True) + 1).to(tl.int16).to(tl.float16, bitcast=True)
+        return tl.where(half.to(tl.float32) < x, above, half)
 
 
 @triton.jit
 def _scale(low, high, LEVELS: tl.constexpr, ASM: tl.constexpr):
-    """fp16 minimum and step whose range covers [low, high], and the factor from distance to codes (0 for a range of one point)."""
-    minimum = _half_below(low)
+    """fp16 minimum and step whose range covers [low, high], and the factor from distance to codes (0 for a range of
+    one point).
+    """
+    minimum = _half_below(low, ASM)
     width = high - minimum.to(tl.float32)
     if ASM:  # a division by a constant, rounded correctly (the plain one is an approximation there)
         step = width * (1.0 / LEVELS)
         step = tl.fma(tl.fma(step, -1.0 * LEVELS, width), 1.0 / LEVELS, step)
     else:
         step = width / LEVELS
-    step = _half_above(step)
+    step = _half_above(step, ASM)
     width = step.to(tl.float32)
     return minimum, step, tl.where(width == 0, 0.0, 1.0 / tl.where(width == 0, 1.0, width))
 
@@ -191,13 +199,19 @@ def _write_values(
         tokens = tl.arange(0, HALF)
         low, high = low_raw.to(tl.float32), high_raw.to(tl.float32)
         minimum, step, factor = _scale(
-            tl.min(tl.where(mask, low, float("inf")), 1), tl.max(tl.where(mask, low, float("-inf")), 1), VALUE_LEVELS, ASM
+            tl.min(tl.where(mask, low, float("inf")), 1),
+            tl.max(tl.where(mask, low, float("-inf")), 1),
+            VALUE_LEVELS,
+            ASM,
         )
         tl.store(statistics + VALUE_MIN // 2 + tokens, minimum)
         tl.store(statistics + VALUE_STEP // 2 + tokens, step)
         low_codes = _floor_bytes(_distance(low, minimum[:, None], factor[:, None]), ASM)
         minimum, step, factor = _scale(
-            tl.min(tl.where(mask, high, float("inf")), 1), tl.max(tl.where(mask, high, float("-inf")), 1), VALUE_LEVELS, ASM
+            tl.min(tl.where(mask, high, float("inf")), 1),
+            tl.max(tl.where(mask, high, float("-inf")), 1),
+            VALUE_LEVELS,
+            ASM,
         )
         tl.store(statistics + VALUE_MIN // 2 + HALF + tokens, minimum)
         tl.store(statistics + VALUE_STEP // 2 + HALF + tokens, step)
@@ -212,14 +226,14 @@ def _write_pages_kernel(
     page_stride, slot_stride,
     HAS_VALID: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, LOGICAL: tl.constexpr,
     KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_LEVELS: tl.constexpr, VALUE_LEVELS: tl.constexpr,
-    KEY_MIN: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_CODES: tl.constexpr, VALUE_MIN: tl.constexpr, VALUE_STEP: tl.constexpr,
+    KEY_MIN: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_CODES: tl.constexpr, VALUE_MIN: tl.constexpr,
+    VALUE_STEP: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
-    if HAS_VALID:
-        if tl.load(valid + n) == 0:
-            return
+    if HAS_VALID and tl.load(valid + n) == 0:
+        return
     slot = tl.load(page_ids + n).to(tl.int64) * page_stride + tl.load(slots + h).to(tl.int64) * slot_stride
     slot = tl.multiple_of(slot, 16)
     head = tl.load(heads + h).to(tl.int64)
@@ -271,6 +285,9 @@ def write_pages(
     if not num_pages or not num_heads:
         return
     codes, half = pool_views(pool, layout)
+    # narrow programs repeat least work when ranges are rounded; the cap (no spills at these sizes) lets six of them
+    # share a multiprocessor
+    narrow = layout.head_dim <= 128 and key.element_size() == 2
     _write_pages_kernel[(num_pages, num_heads, 2)](
         key, value, heads, pool, codes, half, page_ids, slots, page_ids if valid is None else valid,
         *key.stride()[:3], *value.stride()[:3], pool.stride(0), pool.stride(1),
@@ -279,5 +296,6 @@ def write_pages(
         KEY_BITS=layout.key_bits, VALUE_BITS=layout.value_bits,
         KEY_LEVELS=layout.key_levels, VALUE_LEVELS=15 if layout.value_bits == 4 else 255,
         KEY_MIN=layout.key_min, KEY_STEP=layout.key_step, VALUE_CODES=layout.value_codes,
-        VALUE_MIN=layout.value_min, VALUE_STEP=layout.value_step, ASM=not INTERPRETED, num_warps=2,
+        VALUE_MIN=layout.value_min, VALUE_STEP=layout.value_step, ASM=not INTERPRETED,
+        num_warps=2 if narrow else 4, maxnreg=168 if narrow else None,
     )  # fmt: skip

@@ -1,7 +1,9 @@
-"""Triton kernels of `page_select`: bounds, candidates, masses, choice. Each exits at once where no sequence chooses in this step.
+"""Triton kernels of `page_select`: bounds, candidates, masses, choice. Each exits at once where no sequence chooses
+in this step.
 
-The top pages of a row are found without sorting: a score's bits, made monotone, are searched from the highest bit down for the
-largest threshold that still keeps enough pages; among equal scores at the threshold the lower indices are taken.
+The top pages of a row are found without sorting: a score's bits, made monotone, are searched from the highest bit
+down for the largest threshold that still keeps enough pages; among equal scores at the threshold the lower indices
+are taken.
 """
 
 import torch
@@ -10,12 +12,22 @@ import triton.language as tl
 
 from ..views import DecodeBatch, LayerView, Selection
 from .codec import INTERPRETED, dequantize, load_codes, load_halves, math_dtype, pool_views
-from .work import candidate_bound, chooses, first_window_page, num_programs, sealed_pages, sequence_of
+from .work import (
+    candidate_bound,
+    chooses,
+    first_window_page,
+    num_programs,
+    run_start,
+    runs,
+    sealed_pages,
+    sequence_of,
+)
 
 if not INTERPRETED:
     from . import packed, select_packed
 
-BOUND_PAGES = 32
+BOUND_PAGES = 16
+BOUND_PROGRAMS = 8
 PROGRAMS_PER_MULTIPROCESSOR = 4
 MIN_UNITS = 2
 LOG2_E = 1.4426950408889634
@@ -40,6 +52,8 @@ def _bounds_kernel(
 ):  # fmt: skip
     """First stage: bounds float32 [B, R, pages] of every sealed page, always-kept ones too."""
     position, budget, chosen = _load_sequences(positions, budgets, reselects, num_batch, BLOCK_B, P)
+    if tl.max(chosen.to(tl.int32), 0) == 0:
+        return
     ends = tl.cumsum(tl.where(chosen, tl.cdiv(sealed_pages(position, P), PAGES) * RETRIEVAL, 0), 0)
     total = tl.max(ends, 0)
     g = tl.arange(0, BLOCK_G)
@@ -60,7 +74,9 @@ def _bounds_kernel(
         mask = exists[:, None] & (columns < D)[None, :]
         minimum = tl.load(pool_half + at + KEY_MIN // 2, mask=mask, other=0).to(DTYPE)
         step = tl.load(pool_half + at + KEY_STEP // 2, mask=mask, other=0).to(DTYPE)
-        q_pointers = query + b.to(tl.int64) * query_stride_b + (head * GROUP + g)[:, None] * query_stride_h + columns[None, :]
+        q_pointers = (
+            query + b.to(tl.int64) * query_stride_b + (head * GROUP + g)[:, None] * query_stride_h + columns[None, :]
+        )
         q = tl.load(q_pointers, mask=in_query, other=0).to(DTYPE)
         # q . centre + |q| . radius, with centre = minimum + radius, and q + |q| exact in any float format
         score = tl.dot(q, tl.trans(minimum), input_precision="ieee")
@@ -81,18 +97,35 @@ def _monotone(x):
 
 
 @triton.jit
-def _largest(keys, eligible, count):
-    """Mask of the `count` largest keys (uint32) among the eligible; ties go to the lower index."""
+def _add3(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
+def _take(keys, eligible, kept, count):
+    """Takes all kept entries and of the eligible the `count` largest keys (uint32); ties go to the lower index.
+
+    Returns which are taken, each taken entry's place among them, and how many they are.
+    """
     keys = tl.where(eligible, keys, 0)
-    threshold = tl.sum(keys * 0, 0).to(tl.uint32)
-    for i in range(32):
-        trial = threshold | (tl.full((), 0x80000000, tl.uint32) >> i)
-        enough = tl.sum((keys >= trial).to(tl.int32), 0) >= count
-        threshold = tl.where(enough, trial, threshold)
+    threshold = tl.max(keys * 0, 0).to(tl.uint32)
+    for i in range(16):
+        bit = tl.full((), 0x40000000, tl.uint32) >> (2 * i)
+        first, second, third = threshold + bit, threshold + 2 * bit, threshold + 3 * bit
+        above = ((keys >= first).to(tl.int32), (keys >= second).to(tl.int32), (keys >= third).to(tl.int32))
+        n1, n2, n3 = tl.reduce(above, 0, _add3)
+        threshold = tl.where(n3 >= count, third, tl.where(n2 >= count, second, tl.where(n1 >= count, first, threshold)))
     above = eligible & (keys > threshold)
     equal = eligible & (keys == threshold)
-    room = count - tl.sum(above.to(tl.int32), 0)
-    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    room = tl.maximum(count - tl.sum(above.to(tl.int32), 0), 0)
+    sure = above | kept
+    if keys.shape[0] <= 32768:  # one scan for both counts
+        scanned = tl.cumsum(sure.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
+        num_sure, num_equal = scanned & 0xFFFF, scanned >> 16
+    else:
+        num_sure, num_equal = tl.cumsum(sure.to(tl.int32), 0), tl.cumsum(equal.to(tl.int32), 0)
+    place = num_sure + tl.minimum(num_equal, room) - 1
+    return sure | (equal & (num_equal <= room)), place, tl.max(place, 0) + 1
 
 
 @triton.jit
@@ -101,7 +134,9 @@ def _candidates_kernel(
     factor, sink_size, window, bounds_stride, pages_stride_r, pages_stride_h, counts_stride_r, width,
     RETRIEVAL: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """The best pages by their bounds and the always-kept ones, ascending: candidates, or with FINAL the choice itself."""
+    """The best pages by their bounds and the always-kept ones, ascending: candidates, or with FINAL the choice
+    itself.
+    """
     b = (tl.program_id(0) // RETRIEVAL).to(tl.int64)
     order = tl.program_id(0) % RETRIEVAL
     position = tl.load(positions + b)
@@ -121,24 +156,26 @@ def _candidates_kernel(
             count = factor * budget
             row = b
             head = order.to(tl.int64)
-        taken = kept | _largest(_monotone(score), others, count)
-        place = tl.cumsum(taken.to(tl.int32), 0) - 1
+        taken, place, total = _take(_monotone(score), others, kept, count)
         target = pages_out + row * pages_stride_r + head * pages_stride_h
         tl.store(target + place, page, mask=taken & (place < width))
-        tl.store(counts_out + row * counts_stride_r + head, tl.sum(taken.to(tl.int32), 0))
+        tl.store(counts_out + row * counts_stride_r + head, total)
 
 
 @triton.jit
 def _masses_kernel(
     query, masses, pool_codes, pool_half, head_slots, retrieval_heads, rows_of, positions, budgets, reselects,
     retrieval_table, candidates, candidate_counts, tail_key,
-    num_batch, scale, factor, sink_size, window, query_stride_b, query_stride_h, page_stride, slot_stride, table_stride, width,
+    num_batch, scale, factor, sink_size, window, query_stride_b, query_stride_h, page_stride, slot_stride,
+    table_stride, width,
     tk_stride_r, tk_stride_h, tk_stride_t,
     RETRIEVAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     HALF: tl.constexpr, LOGICAL: tl.constexpr, KEY_BITS: tl.constexpr, KEY_MIN: tl.constexpr, KEY_STEP: tl.constexpr,
     DTYPE: tl.constexpr, TAIL_DTYPE: tl.constexpr, BLOCK_B: tl.constexpr, MIN_UNITS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Second stage: base-2 log-sum-exp of every listed page's scores, float32 [B, R, group_size, width + 1]; the own page's is last."""
+    """Second stage: base-2 log-sum-exp of every listed page's scores, float32 [B, R, group_size, width + 1]; the own
+    page's is last.
+    """
     P: tl.constexpr = 2 * HALF
     UNIT: tl.constexpr = 8 if KEY_BITS < 16 else KEY_BITS
     every_position, every_budget, chosen = _load_sequences(positions, budgets, reselects, num_batch, BLOCK_B, P)
@@ -146,9 +183,9 @@ def _masses_kernel(
     ends = (candidate_bound(every_position, every_budget, factor, sink_pages, window, P) + 1) * RETRIEVAL
     ends = tl.cumsum(tl.where(chosen, ends, 0), 0)
     total = tl.max(ends, 0)
-    run = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_UNITS)
-    unit = tl.program_id(0) * run
-    last = tl.minimum(unit + run, total)
+    num_runs = runs(total, tl.num_programs(0), MIN_UNITS)
+    unit = run_start(tl.program_id(0), total, num_runs)
+    last = run_start(tl.program_id(0) + 1, total, num_runs)
     g = tl.arange(0, BLOCK_G)
     rows = tl.arange(0, HALF)
     columns = tl.arange(0, BLOCK_D)
@@ -165,7 +202,9 @@ def _masses_kernel(
         slot = tl.multiple_of(tl.load(head_slots + head).to(tl.int64) * slot_stride, 16)
         pair = (b * RETRIEVAL + order).to(tl.int64)
         last_page = tl.minimum(stop, tl.load(candidate_counts + pair))
-        q_pointers = query + b.to(tl.int64) * query_stride_b + (head * GROUP + g)[:, None] * query_stride_h + columns[None, :]
+        q_pointers = (
+            query + b.to(tl.int64) * query_stride_b + (head * GROUP + g)[:, None] * query_stride_h + columns[None, :]
+        )
         q_raw = tl.load(q_pointers, mask=in_query, other=0)
         q = q_raw.to(DTYPE)
         target = masses + (pair * GROUP + g) * (width + 1)
@@ -192,7 +231,8 @@ def _masses_kernel(
             token = tl.arange(0, P)
             seen = token <= position % P
             key = tl.load(
-                tail_key + row * tk_stride_r + head * tk_stride_h + token.to(tl.int64)[:, None] * tk_stride_t + columns[None, :],
+                tail_key + row * tk_stride_r + head * tk_stride_h + token.to(tl.int64)[:,
+                None] * tk_stride_t + columns[None, :],
                 mask=seen[:, None] & (columns < D)[None, :], other=0,
             )  # fmt: skip
             s = tl.dot(q_raw.to(TAIL_DTYPE), tl.trans(key.to(TAIL_DTYPE)), input_precision="ieee") * scale
@@ -206,7 +246,7 @@ def _masses_kernel(
 def _choice_kernel(
     masses, candidates, candidate_counts, chosen, chosen_counts, rows, retrieval_heads, positions, budgets, reselects,
     sink_size, window, width, chosen_stride_r, chosen_stride_h, counts_stride_r, chosen_width,
-    RETRIEVAL: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    RETRIEVAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Softmax of the masses per query head, mean over the group, the best pages within the budget, ascending."""
     pair = tl.program_id(0).to(tl.int64)
@@ -217,29 +257,29 @@ def _choice_kernel(
         j = tl.arange(0, BLOCK)
         real = j < tl.load(candidate_counts + pair)
         page = tl.load(candidates + pair * width + j, mask=real, other=0)
-        share = tl.zeros((BLOCK,), tl.float32)
-        for member in range(GROUP):
-            source = masses + (pair * GROUP + member) * (width + 1)
-            mass = tl.load(source + j, mask=real, other=float("-inf"))
-            own = tl.load(source + width)
-            highest = tl.maximum(tl.max(mass, 0), own)
-            weight = tl.exp2(mass - highest)
-            share += weight / ((tl.sum(weight, 0) + tl.exp2(own - highest)) * GROUP)
+        member = tl.arange(0, BLOCK_G)
+        source = masses + (pair * GROUP + member) * (width + 1)
+        in_group = member < GROUP
+        mass = tl.load(source[:, None] + j[None, :], mask=in_group[:, None] & real[None, :], other=float("-inf"))
+        own = tl.load(source + width, mask=in_group, other=0.0)
+        highest = tl.maximum(tl.max(mass, 1), own)
+        weight = tl.exp2(mass - highest[:, None])
+        scale = 1.0 / ((tl.sum(weight, 1) + tl.exp2(own - highest)) * GROUP)
+        share = tl.sum(weight * scale[:, None], 0)
         sink_pages = (sink_size + P - 1) // P
         kept = real & ((page < sink_pages) | (page >= first_window_page(position, window, P)))
         count = budget - 1 - tl.sum(kept.to(tl.int32), 0)
-        taken = kept | _largest(_monotone(share), real & ~kept, count)
-        place = tl.cumsum(taken.to(tl.int32), 0) - 1
+        taken, place, total = _take(_monotone(share), real & ~kept, kept, count)
         row = tl.load(rows + b).to(tl.int64)
         head = tl.load(retrieval_heads + pair % RETRIEVAL)
         target = chosen + row * chosen_stride_r + head * chosen_stride_h
         tl.store(target + place, page, mask=taken & (place < chosen_width))
-        tl.store(chosen_counts + row * counts_stride_r + head, tl.sum(taken.to(tl.int32), 0))
+        tl.store(chosen_counts + row * counts_stride_r + head, total)
 
 
 def _warps(block: int) -> int:
     """Warps that keep a row of `block` scores in registers."""
-    return min(max(block // 512, 4), 32)
+    return min(max(block // 1024, 2), 32)
 
 
 def page_select(
@@ -250,7 +290,9 @@ def page_select(
     candidate_factor: int,
     two_stage: bool,
 ) -> None:
-    """See `kernels.page_select.page_select`. Scratch comes from torch's allocator, which a CUDA graph captures as well."""
+    """See `kernels.page_select.page_select`. Scratch comes from torch's allocator, which a CUDA graph captures as
+    well.
+    """
     num_batch, num_query_heads, head_dim = query.shape
     num_retrieval = layer.retrieval_heads.numel()
     if not num_batch or not num_retrieval:
@@ -268,7 +310,7 @@ def page_select(
     bounds = torch.empty(pairs, max_pages, dtype=torch.float32, device=device)
     blocks = pairs * triton.cdiv(max_pages, BOUND_PAGES)
     scale = layer.scale * LOG2_E
-    _bounds_kernel[(min(blocks, num_programs(query, PROGRAMS_PER_MULTIPROCESSOR)),)](
+    _bounds_kernel[(min(blocks, num_programs(query, BOUND_PROGRAMS)),)](
         query, bounds, half, layer.head_slots, layer.retrieval_heads, *sequences, batch.retrieval_table,
         num_batch, layer.scale, *query.stride()[:2], layer.retrieval_pool.stride(0), layout.slot_bytes,
         batch.retrieval_table.stride(0), max_pages,
@@ -276,7 +318,7 @@ def page_select(
         P=layout.page_size, GROUPS=layout.num_groups, HALF_LEVELS=layout.key_levels / 2,
         KEY_MIN=layout.key_min, KEY_STEP=layout.key_step,
         DTYPE=tl.float32 if query.dtype == torch.float32 else tl.float16, BLOCK_B=block_b, PAGES=BOUND_PAGES,
-        num_warps=4,
+        num_warps=2,
     )  # fmt: skip
     block = max(triton.next_power_of_2(max_pages), 16)
     if two_stage:
@@ -309,18 +351,20 @@ def page_select(
     }  # fmt: skip
     if not INTERPRETED and packed.supports(layout, query, layer.tail_key, group):
         key_bytes = layout.value_codes
-        programs = num_programs(query, packed.programs_per_multiprocessor(key_bytes * select_packed.STAGES, 10))
+        programs = num_programs(query, packed.programs_per_multiprocessor(key_bytes * select_packed.STAGES, 12))
         select_packed.launch(programs, query, masses, codes, *arguments, N=8 if group <= 8 else 16, **common)
     else:
         tail_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float32)
         _masses_kernel[(num_programs(query, PROGRAMS_PER_MULTIPROCESSOR),)](
             query, masses, codes, half, *arguments,
             BLOCK_G=block_g, BLOCK_D=block_d, HALF=layout.page_size // 2, KEY_STEP=layout.key_step,
-            DTYPE=math_dtype(layout, query.dtype), TAIL_DTYPE=tail_dtype, ASM=not INTERPRETED, num_warps=4, **common,
+            DTYPE=math_dtype(layout, query.dtype), TAIL_DTYPE=tail_dtype, ASM=not INTERPRETED,
+            num_warps=8 if block_d >= 256 else 4, **common,
         )  # fmt: skip
     block = max(triton.next_power_of_2(width), 16)
     _choice_kernel[(pairs,)](
         masses, pages_out, counts_out, selection.pages, selection.counts, batch.rows, layer.retrieval_heads, *sequences,
         sink_size, window, width, *chosen_strides, selection.pages.shape[2],
-        RETRIEVAL=num_retrieval, GROUP=group, P=layout.page_size, BLOCK=block, num_warps=_warps(block),
+        RETRIEVAL=num_retrieval, GROUP=group, BLOCK_G=triton.next_power_of_2(group), P=layout.page_size, BLOCK=block,
+        num_warps=_warps(block * triton.next_power_of_2(group)),
     )  # fmt: skip

@@ -1,4 +1,6 @@
-"""Second stage of `page_select` for quantized pages in Gluon, one warp a program (see `packed.py` for how pages are read)."""
+"""Second stage of `page_select` for quantized pages in Gluon, one warp a program (see `packed.py` for how pages are
+read).
+"""
 
 import torch
 from triton.experimental import gluon
@@ -6,8 +8,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from . import work
-from .packed import KEY_SHARED, LINE_SHARED, copy_line, copy_tile, key_channel, page_scores, unit_query
+from .packed import KEY_SHARED, LINE_SHARED, copy_line, copy_tile, page_scores, unit_query
+from .packed_operands import key_channel
 
+run_start = gluon.jit(work.run_start.fn)
+runs = gluon.jit(work.runs.fn)
 sealed_pages = gluon.jit(work.sealed_pages.fn)
 candidate_bound = gluon.jit(work.candidate_bound.fn)
 always_kept = gluon.jit(work.always_kept.fn)
@@ -35,13 +40,16 @@ def _copy_keys(words, at, keys, key_ranges, stage, keep, KEY_MIN: gl.constexpr):
 def _masses_packed_kernel(
     query, masses, words, head_slots, retrieval_heads, rows_of, positions, budgets, reselects,
     retrieval_table, candidates, candidate_counts, tail_key,
-    num_batch, scale, factor, sink_size, window, query_stride_b, query_stride_h, page_stride, slot_stride, table_stride, width,
+    num_batch, scale, factor, sink_size, window, query_stride_b, query_stride_h, page_stride, slot_stride,
+    table_stride, width,
     tk_stride_r, tk_stride_h, tk_stride_t,
     RETRIEVAL: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, D: gl.constexpr, LOGICAL: gl.constexpr,
     KEY_BITS: gl.constexpr, KEY_MIN: gl.constexpr, BLOCK_B: gl.constexpr, MIN_UNITS: gl.constexpr, STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Base-2 log-sum-exp of every listed page's scores, float32 [B, R, group_size, width + 1]; the own page's is last."""
+    """Base-2 log-sum-exp of every listed page's scores, float32 [B, R, group_size, width + 1]; the own page's is
+    last.
+    """
     P: gl.constexpr = 64
     W: gl.constexpr = D // 4
     GROUPS: gl.constexpr = P // LOGICAL
@@ -60,10 +68,9 @@ def _masses_packed_kernel(
     units = (candidate_bound(position, budget, factor, sink_pages, window, P) + 1) * RETRIEVAL
     ends = gl.associative_scan(gl.where(chosen, units, 0), 0, _add)
     total = gl.max(ends, 0)
-    programs = gl.num_programs(0)
-    run = gl.maximum((total + programs - 1) // programs, MIN_UNITS)
-    unit = gl.program_id(0) * run
-    last = gl.minimum(unit + run, total)
+    num_runs = runs(total, gl.num_programs(0), MIN_UNITS)
+    unit = run_start(gl.program_id(0), total, num_runs)
+    last = run_start(gl.program_id(0) + 1, total, num_runs)
     n_b = gl.arange(0, N, gl.SliceLayout(0, B))
     k_plain = gl.arange(0, D, gl.SliceLayout(1, B))
     k_b = key_channel(k_plain)
@@ -133,11 +140,17 @@ def _masses_packed_kernel(
                 seen = part * 32 + gl.arange(0, 32, gl.SliceLayout(1, C)) <= in_page
                 s = gl.where(gl.expand_dims(seen, 1), s * scale, float("-inf"))
                 new_highest = gl.maximum(highest, gl.max(s, 0))
-                weight = weight * gl.exp2(highest - new_highest) + gl.sum(gl.exp2(s - gl.expand_dims(new_highest, 0)), 0)
+                weight = weight * gl.exp2(highest - new_highest) + gl.sum(
+                    gl.exp2(s - gl.expand_dims(new_highest, 0)), 0
+                )
                 highest = new_highest
             gl.store(target + width, highest + gl.log2(weight), mask=column < GROUP)
 
 
-def launch(programs: int, query: torch.Tensor, masses: torch.Tensor, codes: torch.Tensor, *rest: object, **constants: int) -> None:
+def launch(
+    programs: int, query: torch.Tensor, masses: torch.Tensor, codes: torch.Tensor, *rest: object, **constants: int
+) -> None:
     """Launches the kernel; codes: the pool, uint8."""
-    _masses_packed_kernel[(programs,)](query, masses, codes.view(torch.int32), *rest, **constants, STAGES=STAGES, num_warps=1)
+    _masses_packed_kernel[(programs,)](
+        query, masses, codes.view(torch.int32), *rest, **constants, STAGES=STAGES, num_warps=1
+    )

@@ -1,9 +1,9 @@
 """How decode kernels share out work: pages of all sequences and heads in one line, cut into equal runs.
 
-A batch is ragged and its lengths live on the device, so no grid can follow them. Instead every program of a fixed grid takes the
-same number of consecutive units, whichever sequences and heads they belong to (stream-K): one long request among short ones
-still fills the chip. Run p of pair k = (sequence, head) has the result place p + k: along the line either p or k moves on, so places are unique,
-and a pair's places are consecutive.
+A batch is ragged and its lengths live on the device, so no grid can follow them. Instead every program of a fixed
+grid takes the same number of consecutive units, whichever sequences and heads they belong to (stream-K): one long
+request among short ones still fills the chip. Run p of pair k = (sequence, head) has the result place p + k: along
+the line either p or k moves on, so places are unique, and a pair's places are consecutive.
 """
 
 import torch
@@ -19,6 +19,24 @@ def num_programs(tensor: torch.Tensor, per_multiprocessor: int) -> int:
     if not tensor.is_cuda:
         return PROGRAMS_IN_INTERPRETER
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count * per_multiprocessor
+
+
+@triton.jit
+def runs(total, programs, MIN_UNITS: tl.constexpr):
+    """How many programs take a run: all, or fewer so that a run has at least MIN_UNITS."""
+    return tl.maximum(tl.minimum(programs, total // MIN_UNITS), 1)
+
+
+@triton.jit
+def run_start(program, total, num_runs):
+    """The first unit of a program's run; runs differ by one unit at most."""
+    return (tl.minimum(program, num_runs).to(tl.int64) * total // num_runs).to(tl.int32)
+
+
+@triton.jit
+def run_of(unit, total, num_runs):
+    """The program whose run a unit belongs to."""
+    return (((unit + 1).to(tl.int64) * num_runs - 1) // total).to(tl.int32)
 
 
 @triton.jit

@@ -40,7 +40,9 @@ def poisoned_pool(num_pages: int, num_slots: int, layout: SlotLayout, device: st
 
 
 def without_poison(case: DecodeCase) -> DecodeCase:
-    """A copy whose unwritten places hold zeros, as an engine's fresh pools do (the CPU path multiplies them by a weight of 0)."""
+    """A copy whose unwritten places hold zeros, as an engine's fresh pools do (the CPU path multiplies them by a
+    weight of 0).
+    """
     pools = {}
     for name in ("retrieval_pool", "streaming_pool"):
         pool = getattr(case.layer, name).clone()
@@ -68,7 +70,10 @@ def make_layer(
         slots[members] = torch.arange(1, members.numel() + 1, dtype=torch.int32, device=device)
     tail = torch.full((num_rows, 3, len(streaming), 2, layout.page_size, layout.head_dim), torch.nan, device=device)
     tail = tail.to(dtype)
-    pools = [poisoned_pool(num_pages, members.numel() + 2 if members.numel() else 0, layout, device) for members in heads.values()]
+    pools = [
+        poisoned_pool(num_pages, members.numel() + 2 if members.numel() else 0, layout, device)
+        for members in heads.values()
+    ]
     return LayerView(
         layout=layout,
         retrieval_pool=pools[0],
@@ -110,7 +115,8 @@ def make_decode_case(
 ) -> DecodeCase:
     """A batch at the given positions; every page that may be read is written, everything else stays poisoned.
 
-    Selections of sequences that do not fit their budget are random page lists of budget - 1 pages, the always-kept ones among them.
+    Selections of sequences that do not fit their budget are random page lists of budget - 1 pages, the always-kept
+    ones among them.
     """
     layout = make_slot_layout(kv_dtype, head_dim, logical_page_size)
     page = layout.page_size

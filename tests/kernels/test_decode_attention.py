@@ -44,7 +44,9 @@ SHAPES = {
 @pytest.mark.parametrize("kv_dtype", NUM_LEVELS)
 @settings(deadline=None, max_examples=4)
 @given(head_dim=st.sampled_from([16, 64, 80]), dtype=st.sampled_from([torch.float32, torch.float16]), **SHAPES)
-def test_kernel_equals_float64(device, kv_dtype, head_dim, dtype, group_size, positions, streaming, logical_page_size, budget, seed):
+def test_kernel_equals_float64(
+    device, kv_dtype, head_dim, dtype, group_size, positions, streaming, logical_page_size, budget, seed
+):
     torch.manual_seed(seed)
     check(
         device, kv_dtype=kv_dtype, head_dim=head_dim, group_size=group_size, streaming=streaming, positions=positions,
@@ -66,10 +68,13 @@ def test_cpu_path_equals_float64(kv_dtype, head_dim, group_size, positions, stre
 
 
 def test_streaming_window_is_exact_to_the_token(device):
-    """A key that would win by far, put on either side of the window's edge, counts or does not."""
+    """One huge value, put on either side of the window's edge, counts or does not (a query of zeros weighs all tokens
+    alike).
+    """
     for position in (640, 703):
         for distance, counts in ((255, True), (256, False)):
             case = make_decode_case(kv_dtype="float32", positions=(position,), streaming=(True,), group_size=1)
+            case.query.zero_()
             token = position - distance
             page = int(case.batch.streaming_table[0, token // 64])
             layout = case.layer.layout
@@ -118,7 +123,9 @@ def test_batches_on_the_card(num_batch, dtype):
 
 @pytest.mark.gpu
 def test_long_context_on_the_card_equals_the_cpu_path():
-    case = make_decode_case(positions=(40000, 70), head_dim=128, group_size=4, dtype=torch.bfloat16, streaming=(False, True))
+    case = make_decode_case(
+        positions=(40000, 70), head_dim=128, group_size=4, dtype=torch.bfloat16, streaming=(False, True)
+    )
     reference = run(decode_attention, without_poison(case))
     assert relative_error(run(gpu_decode_attention, case.to("cuda")), reference) < 6e-3
 
@@ -145,4 +152,6 @@ def test_graph_replays_follow_the_lengths_on_the_device():
         source = getattr(other.batch, name)
         getattr(case.batch, name)[:, : source.shape[1]] = source
     graph.replay()
-    assert torch.equal(out, gpu_decode_attention.decode_attention(other.query, other.layer, other.batch, other.selection))
+    assert torch.equal(
+        out, gpu_decode_attention.decode_attention(other.query, other.layer, other.batch, other.selection)
+    )

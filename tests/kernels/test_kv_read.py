@@ -25,14 +25,18 @@ def check_read(path, kv_dtype, head_dim, logical_page_size, num_pages, num_heads
     offsets = torch.randperm(num_pages + 1)[:num_pages] * layout.page_size
     value = torch.randn(num_pages, num_heads, layout.page_size, head_dim)
     pool[page_ids[:, None], slots] = encode_slots(random_keys(*value.shape), value, layout)
-    scratch = torch.full((2, num_heads + 1, (num_pages + 1) * layout.page_size, head_dim), torch.nan, device=device).to(dtype)
+    scratch = torch.full((2, num_heads + 1, (num_pages + 1) * layout.page_size, head_dim), torch.nan, device=device).to(
+        dtype
+    )
     indices = [x.to(device) for x in (page_ids, slots, heads, offsets)]
     path.read_pages(pool.to(device), indices[0], indices[1], layout, scratch[0], scratch[1], indices[2], indices[3])
     scratch = scratch.cpu()
     for n, page in enumerate(page_ids.tolist()):
         for slot, head in zip(slots.tolist(), heads.tolist(), strict=True):
             place = slice(int(offsets[n]), int(offsets[n]) + layout.page_size)
-            for decoded, expected in zip(scratch[:, head, place], oracle.decode_slot(pool[page, slot], layout), strict=True):
+            for decoded, expected in zip(
+                scratch[:, head, place], oracle.decode_slot(pool[page, slot], layout), strict=True
+            ):
                 error = (decoded.double() - expected).abs()
                 assert (error <= ROUNDING[dtype] * expected.abs().clamp(min=1)).all()
     assert scratch.isnan().sum() == scratch.numel() - 2 * num_pages * num_heads * layout.page_size * head_dim

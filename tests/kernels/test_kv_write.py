@@ -15,7 +15,9 @@ PATHS = pytest.mark.parametrize("path", [kv_write, gpu_kv_write], ids=["launcher
 
 
 def written(path, layout: SlotLayout, key: torch.Tensor, value: torch.Tensor, device: str, valid=None):
-    """Pages [N, P, heads, D] written to a poisoned pool at shuffled places; the pool on the CPU, page ids, slots, heads."""
+    """Pages [N, P, heads, D] written to a poisoned pool at shuffled places; the pool on the CPU, page ids, slots,
+    heads.
+    """
     num_pages, _, num_heads, _ = key.shape
     heads = torch.randperm(num_heads)[: max(num_heads - 1, 1)]
     page_ids = torch.randperm(num_pages + 2)[:num_pages]
@@ -34,7 +36,9 @@ def assert_equal_slots(slot: torch.Tensor, expected: torch.Tensor, layout: SlotL
     if layout.float_dtype is None:
         parts.append((layout.value_min, layout.slot_bytes))
         for offset, bits in ((0, layout.key_bits), (layout.value_codes, layout.value_bits)):
-            difference = (oracle.codes_of(slot, offset, bits, layout) - oracle.codes_of(expected, offset, bits, layout)).abs()
+            difference = (
+                oracle.codes_of(slot, offset, bits, layout) - oracle.codes_of(expected, offset, bits, layout)
+            ).abs()
             assert difference.max() <= 1
             assert (difference > 0).sum() <= 1 + difference.numel() // 1000
     else:
@@ -68,7 +72,9 @@ def check_pages(path, layout: SlotLayout, num_pages: int, num_heads: int, dtype:
     num_heads=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-def test_pages_hold_what_the_format_says(path, kv_dtype, device, head_dim, logical_page_size, num_pages, num_heads, seed):
+def test_pages_hold_what_the_format_says(
+    path, kv_dtype, device, head_dim, logical_page_size, num_pages, num_heads, seed
+):
     torch.manual_seed(seed)
     layout = make_slot_layout(kv_dtype, head_dim, logical_page_size)
     dtype = torch.float32 if kv_dtype in ("float32", "bf16") else torch.float16
@@ -85,7 +91,9 @@ def test_invalid_pages_are_left_alone(path, device):
 @PATHS
 @pytest.mark.parametrize("kv_dtype", ["int4", "int8", "float32"])
 def test_extreme_values_stay_within_range(path, kv_dtype, device):
-    """Constant channels and tokens, zeros, huge and tiny numbers: finite, and every key inside its logical page's range."""
+    """Constant channels and tokens, zeros, huge and tiny numbers: finite, and every key inside its logical page's
+    range.
+    """
     layout = make_slot_layout(kv_dtype, 16)
     key = torch.randn(1, 64, 1, 16)
     key[..., 0], key[..., 1], key[..., 2], key[..., 3] = 0.0, 3.3, -7.7, 1e-7 * key[..., 3]
@@ -122,7 +130,15 @@ def test_nothing_to_write(path, device):
     layout = make_slot_layout("int4", 16)
     nothing = torch.empty(0, dtype=torch.int64, device=device)
     key = torch.empty(0, 64, 1, 16, device=device)
-    path.write_pages(key, key, torch.zeros(1, dtype=torch.int64, device=device), poisoned_pool(1, 1, layout), nothing, nothing, layout)
+    path.write_pages(
+        key,
+        key,
+        torch.zeros(1, dtype=torch.int64, device=device),
+        poisoned_pool(1, 1, layout),
+        nothing,
+        nothing,
+        layout,
+    )
 
 
 @pytest.mark.gpu

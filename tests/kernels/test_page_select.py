@@ -1,4 +1,6 @@
-"""Page selection: the same pages as the oracle's up to near ties at the cut, and bounds that hold for every decoded key."""
+"""Page selection: the same pages as the oracle's up to near ties at the cut, and bounds that hold for every decoded
+key.
+"""
 
 import pytest
 import torch
@@ -108,10 +110,14 @@ def test_bounds_cover_every_decoded_key(kv_dtype, logical_page_size):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_dtype", NUM_LEVELS)
-@pytest.mark.parametrize("head_dim,group_size,logical_page_size", [(64, 3, 32), (80, 2, 16), (96, 4, 64), (128, 4, 32), (256, 7, 32)])
+@pytest.mark.parametrize(
+    "head_dim,group_size,logical_page_size", [(64, 3, 32), (80, 2, 16), (96, 4, 64), (128, 4, 32), (256, 7, 32)]
+)
 @pytest.mark.parametrize("two_stage", [True, False])
 def test_shapes_on_the_card(kv_dtype, head_dim, group_size, logical_page_size, two_stage):
-    """In float32 as close as anywhere; in bf16 keys are rounded to half precision, which moves shares by about a hundredth."""
+    """In float32 as close as anywhere; in bf16 keys are rounded to half precision, which moves shares by about a
+    hundredth.
+    """
     torch.manual_seed(7)
     shape = (head_dim, group_size, (5000, 0, 3000, 511), (False, True, False), logical_page_size, 12)
     check(gpu_page_select, draw(kv_dtype, *shape, 7), "cuda", 3, two_stage)
