@@ -72,9 +72,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
 def report(name: str, results: dict[str, object], write: bool) -> None:
     """Prints one line of JSON with the hardware; writes it to benchmarks/results/ when asked to."""
     hardware = {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "python": platform.python_version()}
-    line = json.dumps(
-        {"benchmark": name, "commit": _commit(), "torch": torch.__version__, **hardware, **results}
-    )
+    line = json.dumps({"benchmark": name, "commit": _commit(), "torch": torch.__version__, **hardware, **results})
     print(line)
     if write:
         RESULTS.mkdir(exist_ok=True)
