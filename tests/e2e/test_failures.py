@@ -11,7 +11,9 @@ from workers import Answer, Cluster, SlowRead, again, cluster, prompt, request
 
 from lserve.deployments import handoff
 from lserve.deployments.messages import ChunkReady, PrefixHint
+from lserve.deployments.settings import load_settings
 from lserve.engine.errors import CapacityError, DeadlineExceededError, WorkerLostError
+from lserve.engine.loading import load
 
 ASKED = request(prompt(1200), max_tokens=12)
 
@@ -189,6 +191,19 @@ async def test_a_worker_that_is_closed_waits_for_its_leases(tiny_model: Path, ri
         with pytest.raises(WorkerLostError):
             await pair.prefill.counts()
         pair.prefills.clear()
+
+
+@pytest.mark.parametrize("host_swap_bytes", [0, 1 << 30])
+async def test_requests_that_do_not_fit_together_take_turns(tiny_model: Path, host_swap_bytes: int) -> None:
+    """Pages run out while they decode: some are swapped out or computed again, and all come to their end."""
+    settings = load_settings({"model": {"path": str(tiny_model)}}, [f"sparsity.head_profile={tiny_model}/heads.json"])
+    pool_bytes = 20 * load(settings.engine_config()).page_format.retrieval_page_bytes
+    small = ("decode.max_model_len=1024", f"cache.retrieval_pool_bytes={pool_bytes}", "cache.prefix_cache=false")
+    async with cluster(tiny_model, *small, f"cache.host_swap_bytes={host_swap_bytes}") as pair:
+        asked = [request(prompt(200, seed=number), 300) for number in range(5)]
+        answers = await asyncio.gather(*(pair.answer(one) for one in asked))
+        assert [len(answer.token_ids) for answer in answers] == [300] * 5
+        await pair.idle()
 
 
 async def test_many_requests_that_come_and_go_leave_nothing(tiny_model: Path) -> None:
