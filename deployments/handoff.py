@@ -83,6 +83,7 @@ class Handoff:
         assert self._worker.transfer is not None
         timeout_s = self._worker.settings.prefill.timeout_s
         pulls: list[asyncio.Task[None]] = []
+        agent_name: str | None = None
         try:
             async with aclosing(self._pool.prefill(message)) as stream:
                 try:
@@ -90,7 +91,7 @@ class Handoff:
                 except TimeoutError:
                     return None
                 assert isinstance(peer, PrefillStarted), peer
-                self._worker.transfer.add_peer(peer.peer)
+                agent_name = self._worker.transfer.add_peer(peer.peer)
                 while True:
                     try:
                         chunk = await _next(stream, timeout_s)
@@ -105,6 +106,10 @@ class Handoff:
                     if chunk.last:  # the call stays open until its leases have ended: a worker drains calls
                         await asyncio.gather(*pulls)
                         return chunk
+        except WorkerLostError:
+            if agent_name is not None:  # it comes back, if at all, under another name
+                self._worker.transfer.remove_peer(agent_name)
+            raise
         finally:
             for pull in pulls:
                 pull.cancel()
