@@ -1,7 +1,7 @@
 """What page selection keeps: recall of planted facts and attention mass lost, by rule, at a small token budget.
 
-Each document is real text with a pass key at one of five depths. The question is asked once densely and once per rule
-and budget, over the same pages, and counts as right when the key appears in the reply. The mass lost is the
+Each document is real text with a number and a word to remember at one of five depths. A question about each is asked
+once densely and once per rule and budget, over the same pages, and is right when the answer appears in the reply. The mass lost is the
 share of each query head's true attention (over all pages, exact keys) that falls on pages that were not chosen,
 averaged over the layers, heads and steps at which a choice was made.
 
@@ -29,8 +29,26 @@ RULES = (
     ("two stages", 32, "two_stage", 4),
     ("true page masses", 32, "two_stage", EVERY_PAGE),
 )
-DEPTHS = (0.9, 0.7, 0.5, 0.3, 0.1)  # the deepest first: what stands before a key is then in the prefix cache
-QUESTION = "What is the pass key? Answer with the number only."
+DEPTHS = (0.9, 0.7, 0.5, 0.3, 0.1)  # the deepest first: what stands before the facts is then in the prefix cache
+WORDS = (
+    "marmalade",
+    "telescope",
+    "umbrella",
+    "cinnamon",
+    "lantern",
+    "compass",
+    "violin",
+    "harvest",
+    "sapphire",
+    "meadow",
+)
+FACTS = """The phone number of Mr. Lighthouse is {number}. Remember it. {number} is the phone number of Mr. Lighthouse.
+
+The secret word of the sailors is {word}. Remember it. {capital} is the secret word of the sailors."""
+QUESTIONS = {
+    "number": "What is the phone number of Mr. Lighthouse?",
+    "word": "What is the secret word of the sailors?",
+}
 
 
 @dataclass
@@ -75,12 +93,17 @@ def lost_mass(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, selecti
     return 1.0 - float((share[0] * kept[:, None]).sum(-1).mean())
 
 
-def planted(engine: Engine, text: str, num_tokens: int, depth: float, key: int) -> str:
-    """A document of about num_tokens tokens with a pass key at a depth between 0 and 1."""
+def planted(engine: Engine, text: str, num_tokens: int, depth: float, number: str, word: str) -> str:
+    """A document of about num_tokens tokens with a number and a word to remember at a depth between 0 and 1."""
     ids = engine.tokenizer.encode(text[: num_tokens * 8])[:num_tokens]
     cut = int(len(ids) * depth)
-    fact = f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
-    return engine.tokenizer.decode(ids[:cut]) + fact + engine.tokenizer.decode(ids[cut:])
+    facts = FACTS.format(number=number, word=word, capital=word.capitalize())
+    return f"{engine.tokenizer.decode(ids[:cut])}\n\n{facts}\n\n{engine.tokenizer.decode(ids[cut:])}"
+
+
+def found(engine: Engine, prompt: list[int], answer: str, dense: bool = False) -> bool:
+    """Whether the answer appears in the first 20 tokens of the reply."""
+    return answer in run_greedy(engine, prompt, 20, dense)[0].lower()
 
 
 def main() -> None:
@@ -109,16 +132,17 @@ def main() -> None:
         for document in range(args.documents):
             passage = text[len(text) * document // args.documents :]
             for depth in DEPTHS:
-                key = draw.randrange(10_000, 100_000)
-                body = planted(engine, passage, args.tokens - 100, depth, key)
-                prompt = engine.tokenizer.encode_chat([("user", f"{body}\n\n{QUESTION}")])
-                total += 1
-                right[None] += str(key) in run_greedy(engine, prompt, 12, dense=True)[0]
-                for i, ((_, _, rule, factor), budget) in enumerate(settings):
-                    with_rule(engine, rule, factor, budget)
-                    with MassLost() as mass:
-                        right[i] += str(key) in run_greedy(engine, prompt, 12)[0]
-                    lost[i] += mass.values
+                answers = {"number": str(draw.randrange(10_000, 100_000)), "word": draw.choice(WORDS)}
+                body = planted(engine, passage, args.tokens - 160, depth, **answers)
+                for kind, question in QUESTIONS.items():
+                    prompt = engine.tokenizer.encode_chat([("user", f"{body}\n\n{question}")])
+                    total += 1
+                    right[None] += found(engine, prompt, answers[kind], dense=True)
+                    for i, ((_, _, rule, factor), budget) in enumerate(settings):
+                        with_rule(engine, rule, factor, budget)
+                        with MassLost() as mass:
+                            right[i] += found(engine, prompt, answers[kind])
+                        lost[i] += mass.values
         for i, ((name, _, _, _), budget) in enumerate(settings):
             low, high = wilson(right[i], total)
             mean = sum(lost[i]) / len(lost[i])
@@ -127,7 +151,9 @@ def main() -> None:
         name = f"dense, {args.kv_dtype}, logical pages of {logical_page_size}"
         rows.append((name, "", f"{right[None]}/{total}", "", "0 %"))
         results.append({"rule": name, "right": right[None], "total": total})
-    print(f"{args.tokens} tokens, {args.documents} documents x {len(DEPTHS)} depths, {args.kv_dtype} pages")
+    print(
+        f"{args.tokens} tokens, {args.documents} documents x {len(DEPTHS)} depths x {len(QUESTIONS)} questions, {args.kv_dtype} pages"
+    )
     print_table(("rule", "budget", "right", "95 % interval", "mass lost"), rows)
     report("selection", {"tokens": args.tokens, "results": results}, args.write)
 

@@ -26,6 +26,11 @@ START_S, STOP_S = 150, 60
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(START_S + STOP_S + 90)]
 
 
+def _listen_to_ctrl_c() -> None:
+    """A shell's background job ignores Ctrl-C, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Up:
     """A running `lserve up`, in a process group of its own as under a shell, and all that it ever started."""
 
@@ -44,6 +49,7 @@ class Up:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_listen_to_ctrl_c,
             )
         self.started: set[psutil.Process] = set()
 

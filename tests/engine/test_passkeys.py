@@ -1,4 +1,4 @@
-"""Specifies that sparse decoding finds what dense decoding finds: a pass key hidden in 7,500 tokens of real text."""
+"""Specifies that sparse decoding finds what dense decoding finds: a number hidden in 7,500 tokens of real text."""
 
 import pydoc_data.topics
 from pathlib import Path
@@ -13,17 +13,19 @@ from lserve.engine.request import AttentionOptions, Request, SamplingParams
 NUM_TOKENS = 7500
 BUDGET = 1024
 DEPTHS = (0.9, 0.7, 0.5, 0.3, 0.1)  # the deepest first: the text before a key is then in the prefix cache
-KEY = "71432"
+KEY = "90417"
+FACTS = f"""The phone number of Mr. Lighthouse is {KEY}. Remember it. {KEY} is the phone number of Mr. Lighthouse.
+
+The secret word of the sailors is marmalade. Remember it. Marmalade is the secret word of the sailors."""
 
 
 def hide(engine: Engine, depth: float) -> list[int]:
-    """A chat about Python's language reference, with a pass key at this depth: 7,500 tokens."""
+    """A chat about Python's language reference, with a number to remember at this depth: 7,500 tokens."""
     text = "\n\n".join(pydoc_data.topics.topics.values())
-    ids = engine.tokenizer.encode(text)[: NUM_TOKENS - 100]
+    ids = engine.tokenizer.encode(text)[: NUM_TOKENS - 160]
     cut = int(len(ids) * depth)
-    fact = f"\n\nThe pass key is {KEY}. Remember it. {KEY} is the pass key.\n\n"
-    document = engine.tokenizer.decode(ids[:cut]) + fact + engine.tokenizer.decode(ids[cut:])
-    question = "What is the pass key? Answer with the number only."
+    document = f"{engine.tokenizer.decode(ids[:cut])}\n\n{FACTS}\n\n{engine.tokenizer.decode(ids[cut:])}"
+    question = "What is the phone number of Mr. Lighthouse?"
     prompt = engine.tokenizer.encode_chat([("user", f"{document}\n\n{question}")])
     assert NUM_TOKENS - 100 <= len(prompt) <= NUM_TOKENS
     return prompt
@@ -31,7 +33,7 @@ def hide(engine: Engine, depth: float) -> list[int]:
 
 def answer(engine: Engine, prompt: list[int], dense: bool) -> str:
     """What the model says, and while it does so, that no retrieval head reads more than the budget."""
-    params = SamplingParams(temperature=0, max_tokens=12)
+    params = SamplingParams(temperature=0, max_tokens=20)
     engine.add_request(Request("ask", tuple(prompt), params, AttentionOptions(dense=dense)))
     text = ""
     while engine.has_work:
@@ -46,7 +48,7 @@ def answer(engine: Engine, prompt: list[int], dense: bool) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_pass_keys_are_found_within_a_budget_of_1024_tokens(demo_model_path: Path) -> None:
+def test_hidden_numbers_are_found_within_a_budget_of_1024_tokens(demo_model_path: Path) -> None:
     config = EngineConfig(
         str(demo_model_path),
         cache=CacheConfig(kv_dtype="int4"),
@@ -56,5 +58,5 @@ def test_pass_keys_are_found_within_a_budget_of_1024_tokens(demo_model_path: Pat
     engine = Engine(config, load(config))
     for depth in DEPTHS:
         prompt = hide(engine, depth)
-        assert KEY in answer(engine, prompt, dense=True), f"the dense model does not find the key at {depth}"
+        assert KEY in answer(engine, prompt, dense=True), f"the dense model does not find the number at {depth}"
         assert KEY in answer(engine, prompt, dense=False), f"not found at {depth}"
