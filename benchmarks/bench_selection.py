@@ -1,9 +1,9 @@
 """What page selection keeps: recall of planted facts and attention mass lost, by rule, at a small token budget.
 
 Each document is real text with a number and a word to remember at one of five depths. A question about each is asked
-once densely and once per rule and budget, over the same pages, and is right when the answer appears in the reply. The mass lost is the
-share of each query head's true attention (over all pages, exact keys) that falls on pages that were not chosen,
-averaged over the layers, heads and steps at which a choice was made.
+once densely and once per rule and budget, over the same pages, and is right when the answer appears in the reply.
+The mass lost is the share of each query head's true attention (over all pages, exact keys) that falls on pages that were
+not chosen, averaged over the layers, heads and steps at which a choice was made.
 
     python benchmarks/bench_selection.py [--tokens 7500] [--budgets 768,1024] [--documents 2] [--write]
 """
@@ -151,9 +151,8 @@ def main() -> None:
         name = f"dense, {args.kv_dtype}, logical pages of {logical_page_size}"
         rows.append((name, "", f"{right[None]}/{total}", "", "0 %"))
         results.append({"rule": name, "right": right[None], "total": total})
-    print(
-        f"{args.tokens} tokens, {args.documents} documents x {len(DEPTHS)} depths x {len(QUESTIONS)} questions, {args.kv_dtype} pages"
-    )
+    cases = f"{args.documents} documents x {len(DEPTHS)} depths x {len(QUESTIONS)} questions"
+    print(f"{args.tokens} tokens, {cases}, {args.kv_dtype} pages")
     print_table(("rule", "budget", "right", "95 % interval", "mass lost"), rows)
     report("selection", {"tokens": args.tokens, "results": results}, args.write)
 
