@@ -2,8 +2,8 @@
 
 Each document is real text with a number and a word to remember at one of five depths. A question about each is asked
 once densely and once per rule and budget, over the same pages, and is right when the answer appears in the reply.
-The mass lost is the share of each query head's true attention (over all pages, exact keys) that falls on pages that were
-not chosen, averaged over the layers, heads and steps at which a choice was made.
+The mass lost is the share of each query head's true attention (over all pages, exact keys) that falls on pages
+that were not chosen, averaged over the layers, heads and steps at which a choice was made.
 
     python benchmarks/bench_selection.py [--tokens 7500] [--budgets 768,1024] [--documents 2] [--write]
 """
