@@ -22,7 +22,7 @@ The secret word of the sailors is marmalade. Remember it. Marmalade is the secre
 def hide(engine: Engine, depth: float) -> list[int]:
     """A chat about Python's language reference, with a number to remember at this depth: 7,500 tokens."""
     text = "\n\n".join(pydoc_data.topics.topics.values())
-    ids = engine.tokenizer.encode(text)[: NUM_TOKENS - 160]
+    ids = engine.tokenizer.encode(text)[: NUM_TOKENS - 220]
     cut = int(len(ids) * depth)
     document = f"{engine.tokenizer.decode(ids[:cut])}\n\n{FACTS}\n\n{engine.tokenizer.decode(ids[cut:])}"
     question = "What is the phone number of Mr. Lighthouse?"

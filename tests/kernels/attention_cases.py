@@ -128,7 +128,7 @@ def make_decode_case(
     ids = torch.randperm(sum(sealed) + 3)
     layer = make_layer(layout, list(streaming), len(ids), num_rows, dtype, device, sink_size, local_window)
     rows = torch.randperm(num_rows)[:num_batch]
-    tables = {c: torch.full((num_batch, max_pages + 1), len(ids) - 1, dtype=torch.int32) for c in (False, True)}
+    tables = {c: torch.full((num_batch, max_pages + 1), int(ids[-1]), dtype=torch.int32) for c in (False, True)}
     used = 0
     for b, count in enumerate(sealed):
         own = ids[used : used + count]
