@@ -1,8 +1,8 @@
 """The engine on a CPU against transformers' `generate`, in one run: prefill, decode at batch 1 and batch 8.
 
 Same model, float32, same threads, transformers' default attention and cache. The engine has int4 pages, a token
-budget of 1,024 and no streaming heads. Times alternate between the two and are medians, since machines are noisy; of decode steps, one in four of which selects
-pages, the mean over such four.
+budget of 1,024 and no streaming heads. Times alternate between the two and are medians, since machines are noisy; of
+decode steps, one in four of which selects pages, the mean over such four.
 
     python benchmarks/bench_cpu.py [--tokens 7500] [--rounds 3] [--steps 16] [--write]
 """

@@ -27,7 +27,7 @@ def hide(engine: Engine, depth: float) -> list[int]:
     document = f"{engine.tokenizer.decode(ids[:cut])}\n\n{FACTS}\n\n{engine.tokenizer.decode(ids[cut:])}"
     question = "What is the phone number of Mr. Lighthouse?"
     prompt = engine.tokenizer.encode_chat([("user", f"{document}\n\n{question}")])
-    assert NUM_TOKENS - 100 <= len(prompt) <= NUM_TOKENS
+    assert NUM_TOKENS - 120 <= len(prompt) <= NUM_TOKENS
     return prompt
 
 
