@@ -1,8 +1,8 @@
-"""The whole engine on one device: prefill and decode times by context and batch, dense and sparse, and where they go.
+"""The whole engine on one device: prefill and decode times by context and batch, dense and sparse.
 
 Weights are random (`--shape`), pages hold random keys and values, so that no checkpoint is needed; work and traffic are
 those of a real model. Decode times are medians over steps of which one in `reselect_interval` selects pages, host work
-and sampling included. "share" columns time the same step with one part left out, which on a GPU means another graph.
+and sampling included.
 
     python benchmarks/bench_engine.py --shape llama-3-8b --device cuda [--weights w4a8] [--kv-dtype int4] [--write]
     python benchmarks/bench_engine.py --shape tiny          # seconds on a CPU

@@ -8,6 +8,7 @@ every token reads the earlier pages as they decode (DESIGN: prefill and decode c
 
 import argparse
 import math
+from collections.abc import Iterable
 
 import torch
 from common import demo_engine, long_text, print_table, report
@@ -45,6 +46,29 @@ def negative_log_likelihood(engine: Engine, tokens: list[int], scored_from: int,
     return total
 
 
+def compare(
+    name: str, engines: Iterable[tuple[str, Engine]], bounds: dict[str, float], args: argparse.Namespace
+) -> None:
+    """Prints, and reports under `name`, bits per character of each engine beside the first one's."""
+    text, rows, results, base = long_text(args.text), [], {}, 0.0
+    for choice, engine in engines:
+        bits = characters = 0.0
+        for passage in range(args.passages):
+            start = len(text) * passage // args.passages
+            ids = engine.tokenizer.encode(text[start:][: args.tokens * 8])[: args.tokens]
+            bits += negative_log_likelihood(engine, ids, len(ids) // 2)
+            characters += len(engine.tokenizer.decode(ids[len(ids) // 2 :]))
+        value = bits / characters
+        base = base or value
+        rise, bound = (value / base - 1) * 100, bounds.get(choice)
+        verdict = "" if bound is None else f"{'within' if rise <= bound else 'OVER'} {bound} %"
+        rows.append((choice, f"{value:.4f}", f"{rise:+.3f} %", verdict))
+        results[choice] = {"bits_per_character": value, "rise_percent": rise}
+    print(f"bits per character, {args.passages} passages of {args.tokens} tokens, second half of each scored")
+    print_table((name, "bits/char", "rise", "bound"), rows)
+    report(name, {"tokens": args.tokens, "passages": args.passages, "results": results}, args.write)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=6000)
@@ -53,31 +77,18 @@ def main() -> None:
     parser.add_argument("--text")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     args = parser.parse_args()
-    text = long_text(args.text)
-    rows, results, base = [], {}, 0.0
-    for kv_dtype in args.kv_dtypes.split(","):
-        engine = demo_engine(
-            cache=CacheConfig(kv_dtype=kv_dtype, prefix_cache=False),
-            sparsity=SparsityConfig(token_budget=None),
-            scheduler=SchedulerConfig(max_batch_size=1),
+    engines = (
+        (
+            kv_dtype,
+            demo_engine(
+                cache=CacheConfig(kv_dtype=kv_dtype, prefix_cache=False),
+                sparsity=SparsityConfig(token_budget=None),
+                scheduler=SchedulerConfig(max_batch_size=1),
+            ),
         )
-        bits = characters = 0.0
-        for passage in range(args.passages):
-            ids = engine.tokenizer.encode(text[len(text) * passage // args.passages :][: args.tokens * 8])[
-                : args.tokens
-            ]
-            bits += negative_log_likelihood(engine, ids, len(ids) // 2)
-            characters += len(engine.tokenizer.decode(ids[len(ids) // 2 :]))
-        value = bits / characters
-        base = base or value
-        rise = (value / base - 1) * 100
-        bound = BOUNDS.get(kv_dtype)
-        verdict = "" if bound is None else f"{'within' if rise <= bound else 'OVER'} {bound} %"
-        rows.append((kv_dtype, f"{value:.4f}", f"{rise:+.3f} %", verdict))
-        results[kv_dtype] = {"bits_per_character": value, "rise_percent": rise}
-    print(f"bits per character, {args.passages} passages of {args.tokens} tokens, second half of each scored")
-    print_table(("kv_dtype", "bits/char", "rise", "bound"), rows)
-    report("kv_dtype", {"tokens": args.tokens, "passages": args.passages, "results": results}, args.write)
+        for kv_dtype in args.kv_dtypes.split(",")
+    )
+    compare("kv_dtype", engines, BOUNDS, args)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ Everything else is equal: float32 pages, everything read, the second half of eac
 
 import argparse
 
-from bench_kv_dtype import negative_log_likelihood
-from common import demo_engine, long_text, print_table, report
+from bench_kv_dtype import compare
+from common import demo_engine
 
 from lserve.engine.config import CacheConfig, SchedulerConfig, SparsityConfig
 
@@ -25,32 +25,20 @@ def main() -> None:
     parser.add_argument("--text")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
     args = parser.parse_args()
-    text = long_text(args.text)
-    rows, results, base = [], {}, 0.0
-    for weights in args.weights.split(","):
-        engine = demo_engine(
-            weights=weights,
-            device=args.device,
-            cache=CacheConfig(kv_dtype="float32", prefix_cache=False),
-            sparsity=SparsityConfig(token_budget=None),
-            scheduler=SchedulerConfig(max_batch_size=1),
+    engines = (
+        (
+            weights,
+            demo_engine(
+                weights=weights,
+                device=args.device,
+                cache=CacheConfig(kv_dtype="float32", prefix_cache=False),
+                sparsity=SparsityConfig(token_budget=None),
+                scheduler=SchedulerConfig(max_batch_size=1),
+            ),
         )
-        bits = characters = 0.0
-        for passage in range(args.passages):
-            start = len(text) * passage // args.passages
-            ids = engine.tokenizer.encode(text[start:][: args.tokens * 8])[: args.tokens]
-            bits += negative_log_likelihood(engine, ids, len(ids) // 2)
-            characters += len(engine.tokenizer.decode(ids[len(ids) // 2 :]))
-        value = bits / characters
-        base = base or value
-        rise = (value / base - 1) * 100
-        bound = BOUNDS.get(weights)
-        verdict = "" if bound is None else f"{'within' if rise <= bound else 'OVER'} {bound} %"
-        rows.append((weights, f"{value:.4f}", f"{rise:+.3f} %", verdict))
-        results[weights] = {"bits_per_character": value, "rise_percent": rise}
-    print(f"bits per character, {args.passages} passages of {args.tokens} tokens, second half of each scored")
-    print_table(("weights", "bits/char", "rise", "bound"), rows)
-    report("weights", {"tokens": args.tokens, "passages": args.passages, "results": results}, args.write)
+        for weights in args.weights.split(",")
+    )
+    compare("weights", engines, BOUNDS, args)
 
 
 if __name__ == "__main__":
