@@ -4,6 +4,8 @@ Each step object is the model's `attend` callback for one batch: it writes the n
 back or selects what the queries may see, and attends.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from lserve.kernels.decode_attention import decode_attention
@@ -95,11 +97,21 @@ class PrefillStep:
 
 
 class DecodeStep:
-    """Attention of one new token for each of B sequences. any_reselect: whether the batch's reselect has a True."""
+    """Attention of one new token for each of B sequences.
 
-    def __init__(self, cache: KVCache, sparsity: SparsityConfig, batch: DecodeBatch, any_reselect: bool) -> None:
+    any_reselect: whether the batch's reselect has a True. observe: called with each layer and its query [B, Hq, D].
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        sparsity: SparsityConfig,
+        batch: DecodeBatch,
+        any_reselect: bool,
+        observe: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> None:
         self._cache, self._sparsity, self._any_reselect = cache, sparsity, any_reselect
-        self.batch = batch
+        self.batch, self._observe = batch, observe
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """One layer: query [B, Hq, D], key and value [B, Hkv, D]; returns [B, Hq, D]."""
@@ -108,6 +120,8 @@ class DecodeStep:
         if self._any_reselect:
             two_stage = self._sparsity.rule == "two_stage"
             page_select(query, view, self.batch, selection, self._sparsity.candidate_factor, two_stage)
+        if self._observe is not None:
+            self._observe(layer, query)
         return decode_attention(query, view, self.batch, selection)
 
 

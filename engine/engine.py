@@ -7,7 +7,7 @@ was prefilled elsewhere (`hold=True`: pages are reserved, then filled from outsi
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ from .page_pool import PagePool
 from .pool_sizes import PoolSizes, pool_sizes
 from .prefix_index import PrefixIndex
 from .publisher import PagePublisher
-from .request import Output, Request, SampledToken, SamplingParams
+from .request import Output, PageChoice, Request, SampledToken, SamplingParams
 from .request_check import check_request
 from .residency import Residency
 from .results import EngineLoad, Reservation, StepResult
@@ -35,6 +35,7 @@ from .sampling import SamplingRow, TokenHistory, sample
 from .scheduler import Scheduler
 from .sequence import PrefillChunk, Sequence, State
 from .swap import HostSwap
+from .trace import TraceRecorder
 
 
 class Engine:
@@ -95,6 +96,7 @@ class Engine:
             has_streaming,
         )
         self.runner = Runner(loaded.model, self.cache, sparsity, self.max_model_len)
+        self.trace = TraceRecorder(self.cache)
         self._density = AttentionDensity(
             self.page_format.num_retrieval_slots,
             self.page_format.num_streaming_slots,
@@ -195,7 +197,9 @@ class Engine:
         if plan.decode:
             budgets = [(s, budget_pages(s, self.runner.sparsity)) for s in plan.decode]
             result.density["decode"] = self._density.decode(budgets)
-            self._after_decode(plan.decode, self.runner.decode(plan.decode))
+            traced = self.trace.begin(plan.decode, self.runner.sparsity)
+            logits = self.runner.decode(plan.decode, self.trace.see if traced else None)
+            self._after_decode(plan.decode, logits, self.trace.finish())
         if plan.prefill:
             result.density["prefill"] = self._density.prefill(plan.prefill)
             self._after_prefill(plan.prefill, self.runner.prefill(plan.prefill), result)
@@ -263,13 +267,15 @@ class Engine:
             time.monotonic(),
         )
 
-    def _after_decode(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+    def _after_decode(
+        self, sequences: list[Sequence], logits: torch.Tensor, choices: Mapping[Sequence, PageChoice]
+    ) -> None:
         for sequence in sequences:
             sequence.num_computed, sequence.fresh = sequence.num_tokens, False
         for sequence, token in zip(
             sequences, sample(logits, [self._sampling_row(s, s.choice) for s in sequences]), strict=True
         ):
-            self._emit(sequence, token)
+            self._emit(sequence, token, choices.get(sequence))
             if sequence.state is State.RUNNING:
                 self.scheduler.drop_stale_streaming(sequence)
 
@@ -324,7 +330,7 @@ class Engine:
             self.tokenizer, request.sampling, self.model_config.eos_token_ids, request.prompt_token_ids, request.emitted
         )
 
-    def _emit(self, sequence: Sequence, token: SampledToken) -> None:
+    def _emit(self, sequence: Sequence, token: SampledToken, choice: PageChoice | None = None) -> None:
         """Appends a drawn token, reports it, and ends the choice when it is done."""
         sequence.token_ids.append(token.token_id)
         piece = self._detokenizers[sequence].push(token)
@@ -338,6 +344,7 @@ class Engine:
                 finish_reason=piece.finish_reason,
                 stop_reason=piece.stop_reason,
                 num_cached_tokens=min(sequence.num_cached, len(sequence.request.prompt_token_ids)),
+                trace=() if choice is None else (choice,),
             )
         )
         if piece.finish_reason is not None:

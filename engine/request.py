@@ -45,10 +45,12 @@ class AttentionOptions:
 
     token_budget: tokens that a retrieval head may read in a decode step; None takes the engine's.
     dense: lifts the budget and the prefill estimator (streaming heads stay streaming).
+    trace: report which pages the answer's tokens read (`PageChoice`).
     """
 
     token_budget: int | None = None
     dense: bool = False
+    trace: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +97,36 @@ class SampledToken:
 
 
 @dataclass(frozen=True, slots=True)
+class PageChoice:
+    """What the retrieval heads of all layers read from one page choice on, for one answer.
+
+    token: number of the first answer token that came of it (token 0 comes of the prefill, which reads everything);
+        it holds until the next choice.
+    num_pages: whole pages before the newest one, which is always read and not listed.
+    num_heads: retrieval heads in all layers. everything: whether all pages fit the budget; then `read` is empty.
+    read: (page index, heads that read it), most read first; num_left_out further pages were read by fewer heads.
+    mass_kept: share of the heads' true attention that falls on what they read, the mean over `num_sampled` heads;
+        None where none was sampled. attended: (page index, share) of the pages with most of that attention.
+    """
+
+    token: int
+    num_pages: int
+    num_heads: int
+    everything: bool = False
+    read: tuple[tuple[int, int], ...] = ()
+    num_left_out: int = 0
+    mass_kept: float | None = None
+    num_sampled: int = 0
+    attended: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """What a step adds to one choice of one request.
 
     text: newly finished text (stop strings cut off, incomplete UTF-8 held back); may be empty.
     token_ids: new tokens, in order. finish_reason: set on the choice's last output.
-    num_cached_tokens: prompt tokens taken from a prefix cache.
+    num_cached_tokens: prompt tokens taken from a prefix cache. trace: page choices made for these tokens, if asked for.
     """
 
     request_id: str
@@ -111,3 +137,4 @@ class Output:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
+    trace: tuple[PageChoice, ...] = ()

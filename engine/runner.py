@@ -1,5 +1,7 @@
 """Batches to tensors: runs the model over a step's chunks and decode tokens."""
 
+from collections.abc import Callable
+
 import torch
 
 from .attention import DecodeStep, PrefillStep, seal_pages
@@ -10,6 +12,9 @@ from .kv_cache import KVCache
 from .model import Model
 from .page_tables import PageTables
 from .sequence import PrefillChunk, Sequence
+
+Observe = Callable[[int, torch.Tensor], None]
+"""observe(layer, query [B, Hq, D]), when the layer has chosen its pages."""
 
 
 class Runner:
@@ -39,15 +44,19 @@ class Runner:
         return self.model.logits(hidden[ends[last].to(device)])
 
     @torch.inference_mode()
-    def decode(self, sequences: list[Sequence]) -> torch.Tensor:
-        """Computes each sequence's newest token; returns float32 logits [sequences, vocabulary]."""
+    def decode(self, sequences: list[Sequence], observe: Observe | None = None) -> torch.Tensor:
+        """Computes each sequence's newest token; returns float32 logits [sequences, vocabulary].
+
+        observe: sees every layer's queries, for which the step runs without a CUDA graph.
+        """
         self._tables.update(sequences)
-        if self._graphs is not None:
+        if self._graphs is not None and observe is None:
             logits = self._graphs.run(sequences, self.sparsity)
         else:
             packed = pack(sequences, self.sparsity, len(sequences), self._spare_row)
-            tokens, batch = unpack(packed, self._tables, max(s.own_page for s in sequences) + 1)
-            attend = DecodeStep(self._cache, self.sparsity, batch, bool(batch.reselect.any()))
+            width = max(s.own_page for s in sequences) + 1
+            tokens, batch = unpack(packed.to(self._cache.device), self._tables, width)
+            attend = DecodeStep(self._cache, self.sparsity, batch, bool(packed[4].any()), observe)
             logits = self.model.logits(self.model.forward(tokens, batch.positions, attend))
         seal_pages(self._cache, sequences)
         return logits
