@@ -4,19 +4,20 @@ The order is vLLM's: logit_bias, penalties, temperature, min_p, top_k, top_p. Ea
 strictest wins and tokens that tie with the last kept one stay.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from lserve.kernels.sample import GREEDY_BELOW
+from lserve.kernels.sample import sample as draw
+from lserve.kernels.upload import upload
 
 from .request import SampledToken, SamplingParams, TokenLogprob
 from .sampling_limits import validate
 
 __all__ = ["SamplingRow", "TokenHistory", "sample", "uniform", "validate"]
 
-_GREEDY_BELOW = 1e-5
-_SORTED_AT_FIRST = 256
 _MASK = 2**64 - 1
 
 
@@ -43,7 +44,7 @@ class TokenHistory:
         start, self._num_tokens = self._num_tokens, len(token_ids)
         assert start <= self._num_tokens, f"{start} tokens were counted, {self._num_tokens} are left"
         if start < self._num_tokens:
-            fresh = torch.tensor(token_ids[start:], dtype=torch.int64, device=like.device)
+            fresh = upload(token_ids[start:], torch.int64, like.device)
             self._seen[fresh] = True
             output = fresh[max(num_prompt_tokens - start, 0) :]
             self._counts.index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
@@ -76,22 +77,15 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledTok
     """Draw one token per row; logits float32 [len(rows), vocab], not changed.
 
     A draw depends on the row's logits and (seed, choice, position) only, never on the batch. Log-probabilities are
-    the model's own, before bias, penalties and temperature.
+    the model's own, before bias, penalties and temperature. Waits for the device once, to read the tokens.
     """
     assert logits.shape[0] == len(rows), f"{logits.shape[0]} rows of logits for {len(rows)} rows"
     if not rows:
         return []
-    adjusted = _penalize(_add_bias(logits, rows), rows)
-    tokens = adjusted.argmax(-1)
-    drawn = [index for index, row in enumerate(rows) if not _is_greedy(row.params)]
-    if len(drawn) == len(rows):
-        tokens = _draw(adjusted, rows)
-    elif drawn:
-        tokens[drawn] = _draw(adjusted[drawn], [rows[index] for index in drawn])
-    token_ids: list[int] = tokens.tolist()
+    tokens = _choose(_penalize(_add_bias(logits, rows), rows), rows)
     if all(row.params.logprobs is None for row in rows):
-        return [SampledToken(token_id) for token_id in token_ids]
-    return _with_logprobs(logits, rows, token_ids)
+        return [SampledToken(token_id) for token_id in tokens.tolist()]
+    return _with_logprobs(logits, rows, tokens)
 
 
 def _mix(x: int) -> int:
@@ -101,8 +95,21 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _is_greedy(params: SamplingParams) -> bool:
-    return params.temperature < _GREEDY_BELOW
+def _choose(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    """Tokens, int64 [rows], by each row's temperature and filters."""
+    params = [row.params for row in rows]
+    if all(p.temperature < GREEDY_BELOW for p in params):
+        return logits.argmax(-1)
+    columns = (
+        [p.temperature for p in params],
+        [min(max(p.top_k, 0), logits.shape[1]) for p in params],
+        [p.top_p for p in params],
+        [p.min_p for p in params],
+        [uniform(row.params.seed, row.choice, row.position) for row in rows],
+    )
+    temperature, top_k, top_p, min_p, numbers = upload(columns, torch.float64, logits.device).unbind(0)
+    filtered = any(p.top_k > 0 or p.top_p < 1 for p in params)
+    return draw(logits, temperature.float(), top_k.int(), top_p.float(), min_p.float(), numbers, filtered=filtered)
 
 
 def _has_penalty(params: SamplingParams) -> bool:
@@ -110,7 +117,7 @@ def _has_penalty(params: SamplingParams) -> bool:
 
 
 def _column(values: Sequence[float], like: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype, device=like.device).unsqueeze(1)
+    return upload(values, dtype, like.device).unsqueeze(1)
 
 
 def _add_bias(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -118,8 +125,8 @@ def _add_bias(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor
     if not entries:
         return logits
     places, token_ids, biases = zip(*entries, strict=True)
-    where = (torch.tensor(places, device=logits.device), torch.tensor(token_ids, device=logits.device))
-    return logits.index_put(where, torch.tensor(biases, dtype=logits.dtype, device=logits.device), accumulate=True)
+    where = tuple(upload(x, torch.int64, logits.device) for x in (places, token_ids))
+    return logits.index_put(where, upload(biases, logits.dtype, logits.device), accumulate=True)
 
 
 def _penalize(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -134,75 +141,32 @@ def _penalize(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor
     ]
     seen = torch.stack([seen for seen, _ in histories])
     counts = torch.stack([counts for _, counts in histories])
-    selected = logits[indices]
+    places = upload(indices, torch.int64, logits.device)
+    selected = logits[places]
     repetition = _column([p.repetition_penalty for p in params], logits)
     repeated = torch.where(selected > 0, selected / repetition, selected * repetition)
     selected = torch.where(seen, repeated, selected)
     selected -= _column([p.frequency_penalty for p in params], logits) * counts
     selected -= _column([p.presence_penalty for p in params], logits) * (counts > 0)
-    penalized = logits.clone()
-    penalized[indices] = selected
-    return penalized
+    return logits.index_copy(0, places, selected)
 
 
-def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """Tokens [rows] by inverse CDF over the kept ones.
-
-    The CDF runs in vocabulary order: in order of probability, two tokens that rounding swaps would swap their shares of
-    [0, 1), and a replay on another worker could go astray far more often.
-    """
-    scaled = (logits - logits.amax(-1, keepdim=True)) / _column([row.params.temperature for row in rows], logits)
-    weights = torch.where(scaled >= _lowest_kept(scaled, rows), scaled.exp(), 0.0)
-    cdf = weights.cumsum(-1, dtype=torch.float64)
-    total = cdf[:, -1:]
-    numbers = [uniform(row.params.seed, row.choice, row.position) for row in rows]
-    below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(_column(numbers, logits, torch.float64) * total, below)
-    return torch.searchsorted(cdf, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
-
-
-def _lowest_kept(scaled: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """The lowest kept value of each row, [rows, 1]; scaled has a maximum of 0 in every row."""
-    floor = _column([math.log(row.params.min_p) if row.params.min_p > 0 else -math.inf for row in rows], scaled)
-    filtered = [index for index, row in enumerate(rows) if row.params.top_k > 0 or row.params.top_p < 1]
-    if filtered:
-        params = [rows[index].params for index in filtered]
-        width = max(_SORTED_AT_FIRST, *(p.top_k for p in params))
-        floor[filtered] = _cut(scaled[filtered], floor[filtered], params, min(width, scaled.shape[1]))
-    return floor
-
-
-def _cut(scaled: torch.Tensor, floor: torch.Tensor, params: Sequence[SamplingParams], width: int) -> torch.Tensor:
-    """Raise the floor by top_k, then top_p; looks at the `width` best tokens, and at all where these do not decide."""
-    before = floor
-    best = scaled.topk(width).values
-    vocab = scaled.shape[1]
-    top_k = _column([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params], scaled, torch.int64)
-    kth = best.gather(1, top_k.clamp(max=width) - 1)
-    floor = torch.where(top_k <= width, torch.maximum(floor, kth), floor)
-    top_p = _column([p.top_p for p in params], scaled, torch.float64)
-    total = torch.where(scaled >= floor, scaled.exp(), 0.0).sum(-1, keepdim=True, dtype=torch.float64)
-    mass = torch.where(best >= floor, best.exp(), 0.0).cumsum(-1, dtype=torch.float64)
-    crossing = (mass < top_p * total).sum(-1, keepdim=True)
-    nucleus = torch.maximum(floor, best.gather(1, crossing.clamp(max=width - 1)))
-    floor = torch.where(top_p < 1, nucleus, floor)
-    if width < scaled.shape[1]:
-        short = ((crossing == width) & (top_p < 1)).flatten().nonzero().flatten().tolist()
-        if short:
-            floor[short] = _cut(scaled[short], before[short], [params[index] for index in short], scaled.shape[1])
-    return floor
-
-
-def _with_logprobs(logits: torch.Tensor, rows: Sequence[SamplingRow], token_ids: Sequence[int]) -> list[SampledToken]:
-    wanted = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
-    logprobs = logits[wanted].log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor([[token_ids[index]] for index in wanted], device=logits.device))
-    num_top = max(rows[index].params.logprobs or 0 for index in wanted)
-    top = logprobs.topk(min(num_top, logits.shape[1]))
-    reports = {}
-    for index, logprob, values, ids in zip(
-        wanted, chosen.flatten().tolist(), top.values.tolist(), top.indices.tolist(), strict=True
-    ):
-        alternatives = tuple(zip(ids, values, strict=True))[: rows[index].params.logprobs]
-        reports[index] = TokenLogprob(token_ids[index], logprob, alternatives)
-    return [SampledToken(token_id, reports.get(index)) for index, token_id in enumerate(token_ids)]
+def _with_logprobs(logits: torch.Tensor, rows: Sequence[SamplingRow], tokens: torch.Tensor) -> list[SampledToken]:
+    """Tokens and log-probabilities come to the host in one piece, as float64, which holds every id and float32."""
+    wanted = {index: row.params.logprobs for index, row in enumerate(rows) if row.params.logprobs is not None}
+    places = upload(list(wanted), torch.int64, logits.device)
+    logprobs = logits[places].log_softmax(-1)
+    num_top = min(max(wanted.values()), logits.shape[1])
+    top = logprobs.topk(num_top)
+    chosen = logprobs.gather(1, tokens[places].unsqueeze(1))
+    reports = torch.cat((chosen.double(), top.values.double(), top.indices.double()), 1)
+    everything = torch.cat((tokens.double(), reports.flatten())).tolist()
+    token_ids, left = [int(token) for token in everything[: len(rows)]], everything[len(rows) :]
+    drawn = [SampledToken(token_id) for token_id in token_ids]
+    for line, (index, count) in enumerate(wanted.items()):
+        logprob, *best = left[line * (2 * num_top + 1) : (line + 1) * (2 * num_top + 1)]
+        alternatives = tuple(
+            (int(token), value) for value, token in zip(best[:count], best[num_top:][:count], strict=True)
+        )
+        drawn[index] = SampledToken(token_ids[index], TokenLogprob(token_ids[index], logprob, alternatives))
+    return drawn

@@ -30,31 +30,10 @@ def sample(
         from .gpu.sample import sample as sample_gpu
 
         return sample_gpu(logits, temperature, top_k, top_p, min_p, uniform, filtered=filtered)
-    greedy = temperature < GREEDY_BELOW
-    heat = torch.where(greedy, 1.0, temperature)[:, None]
-    # how far below the row's best a token is, in units of temperature; a token is kept up to some distance
-    distance = (logits.amax(-1, keepdim=True) - logits) / heat
-    limit = -min_p.log()[:, None]
-    if filtered:
-        limit = _filter(distance, limit, top_k, top_p)
-    weights = torch.where(distance <= limit, (-distance).exp(), 0.0)
-    cdf = weights.cumsum(-1, dtype=torch.float64)
-    total = cdf[:, -1:]
-    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    drawn = torch.searchsorted(cdf, target, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
-    return torch.where(greedy, logits.argmax(-1), drawn)
+    from .cpu.sample import sample as sample_cpu
 
-
-def _filter(distance: Tensor, limit: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """The distance, [N, 1], up to which top_k and then top_p keep tokens that are within limit."""
-    ascending = distance.sort(-1).values
-    vocab_size = distance.shape[1]
-    last = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size).long()[:, None] - 1
-    limit = torch.minimum(limit, torch.where(top_k[:, None] > 0, ascending.gather(1, last), torch.inf))
-    mass = torch.where(ascending <= limit, (-ascending).exp(), 0.0).cumsum(-1, dtype=torch.float64)
-    crossing = (mass < top_p.double()[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp_(max=vocab_size - 1)
-    nucleus = torch.where(top_p[:, None] < 1, ascending.gather(1, crossing), torch.inf)
-    return torch.minimum(limit, nucleus)
+    options = {"filtered": filtered, "greedy_below": GREEDY_BELOW}
+    return sample_cpu(logits, temperature, top_k, top_p, min_p, uniform, **options)
 
 
 def _check(logits: Tensor, floats: dict[str, Tensor], top_k: Tensor, uniform: Tensor) -> None:
