@@ -14,6 +14,7 @@ from lserve.kernels.kv_write import append_tail, write_pages
 from lserve.kernels.page_select import page_select
 from lserve.kernels.prefill_attention import prefill_attention
 from lserve.kernels.prefill_blocks import prefill_blocks
+from lserve.kernels.upload import upload
 from lserve.kernels.views import BlockLists, DecodeBatch, LayerView, PrefillBatch
 
 from .config import PAGE_SIZE, SparsityConfig
@@ -43,21 +44,18 @@ class PrefillStep:
             whole = range(chunk.start // PAGE_SIZE, chunk.end // PAGE_SIZE)
             ids: dict[str, torch.Tensor] = {}
             if cache.page_format.num_retrieval_slots:
-                ids["retrieval"] = torch.tensor([sequence.retrieval_pages[i] for i in whole], device=device)
+                ids["retrieval"] = upload([sequence.retrieval_pages[i] for i in whole], torch.int64, device)
                 read["retrieval"][0].extend(sequence.retrieval_pages[: whole.stop])
                 read["retrieval"][1].extend(offset + i * PAGE_SIZE for i in range(whole.stop))
             if cache.page_format.num_streaming_slots:
-                ids["streaming"] = torch.tensor([sequence.streaming_pages[i] for i in whole], device=device)
+                ids["streaming"] = upload([sequence.streaming_pages[i] for i in whole], torch.int64, device)
                 held = [i for i in sorted(sequence.streaming_pages) if i < whole.stop]
                 read["streaming"][0].extend(sequence.streaming_pages[i] for i in held)
                 read["streaming"][1].extend(offset + i * PAGE_SIZE for i in held)
             self._written.append((slice(first, first + len(whole) * PAGE_SIZE), ids))
             first += chunk.length
         self._read = {
-            name: (
-                torch.tensor(ids, dtype=torch.int64, device=device),
-                torch.tensor(at, dtype=torch.int64, device=device),
-            )
+            name: (upload(ids, torch.int64, device), upload(at, torch.int64, device))
             for name, (ids, at) in read.items()
         }
 
@@ -130,14 +128,14 @@ def seal_pages(cache: KVCache, sequences: list[Sequence]) -> None:
     sealing = [s for s in sequences if s.position % PAGE_SIZE == PAGE_SIZE - 1]
     if not sealing:
         return
-    rows = torch.tensor([s.row for s in sealing], device=cache.device)
+    rows = upload([s.row for s in sealing], torch.int64, cache.device)
     tail = cache.tail[rows].flatten(1, 2).permute(2, 0, 3, 1, 4)
     for name, heads in cache.class_heads.items():
         pool = cache.retrieval if name == "retrieval" else cache.streaming
         if heads.numel():
             tables = [s.retrieval_pages if name == "retrieval" else s.streaming_pages for s in sealing]
             ids = [table[s.own_page] for table, s in zip(tables, sealing, strict=True)]
-            page_ids = torch.tensor(ids, dtype=torch.int64, device=cache.device)
+            page_ids = upload(ids, torch.int64, cache.device)
             slots = torch.arange(heads.numel(), device=cache.device)
             write_pages(tail[0], tail[1], heads, pool, page_ids, slots, cache.page_format.layout)
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from lserve.kernels.upload import upload
+
 from .kv_cache import KVCache
 from .sequence import Sequence
 
@@ -40,5 +42,5 @@ class PageTables:
             self._written[row] = own + 1
         for table, entries in ((self.retrieval, retrieval), (self.streaming, streaming)):
             if entries:
-                rows, indices, pages = torch.tensor(entries, dtype=torch.int64).to(self._device).unbind(1)
+                rows, indices, pages = upload(entries, torch.int64, self._device).unbind(1)
                 table[rows, indices] = pages.int()

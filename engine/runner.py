@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from lserve.kernels.upload import upload
+
 from .attention import DecodeStep, PrefillStep, seal_pages
 from .config import PAGE_SIZE, SparsityConfig
 from .decode_graphs import DecodeGraphs
@@ -38,10 +40,11 @@ class Runner:
         tokens = [t for c in chunks for t in c.sequence.token_ids[c.start : c.end]]
         positions = torch.cat([torch.arange(c.start, c.end) for c in chunks])
         step = PrefillStep(self._cache, self.sparsity, chunks)
-        hidden = self.model.forward(torch.tensor(tokens, device=device), positions.to(device), step)
+        token_ids, at = upload(tokens, torch.int64, device), upload(positions, torch.int64, device)
+        hidden = self.model.forward(token_ids, at, step)
         ends = torch.tensor([c.length for c in chunks]).cumsum(0) - 1
         last = torch.tensor([c.is_last for c in chunks])
-        return self.model.logits(hidden[ends[last].to(device)])
+        return self.model.logits(hidden[upload(ends[last], torch.int64, device)])
 
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence], observe: Observe | None = None) -> torch.Tensor:

@@ -14,4 +14,6 @@ def upload(values: Sequence[Any] | Tensor, dtype: torch.dtype, device: torch.dev
     which torch keeps until it has been read, lets the host go on.
     """
     host = torch.as_tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    if device.type == "cuda" and host.numel():
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)

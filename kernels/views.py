@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from .slot_layout import SlotLayout
+from .upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class PrefillBatch:
             scratch.append(total)
             total += (start + length + 127) // 128 * 128
             query.append(query[-1] + length)
-        to_device = [torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, query, scratch)]
+        to_device = [upload(x, torch.int32, torch.device(device)) for x in (starts, query, scratch)]
         return cls(tuple(starts), tuple(lengths), tuple(scratch), *to_device)
 
     @property
