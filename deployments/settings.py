@@ -98,12 +98,14 @@ class RouterSettings(WorkerResources):
 class RedisSettings(_Section):
     """Where prefix pages are kept. url None: no Redis (`lserve up` starts an embedded Valkey and fills it in).
 
-    url: redis://, rediss:// or unix://, without a password; that comes from `password_env`. secret_env: the cluster's
-    secret, which names and authenticates pages. ttl_s: how long a page lives after its last write. timeout_s: the
+    url: redis://, rediss:// or unix://, without a password; that comes from `password_env`. ca: what a server
+    reached by rediss:// must descend from, as PEM or the path of a PEM file; None trusts the system's authorities.
+    secret_env: the cluster's secret, which names and authenticates pages. ttl_s: how long a page lives after its last write. timeout_s: the
     longest that a request waits for Redis.
     """
 
     url: str | None = None
+    ca: str | None = Field(default=None, min_length=1)
     password_env: str = "LSERVE_REDIS_PASSWORD"
     secret_env: str = "LSERVE_CLUSTER_SECRET"
     ttl_s: int = Field(default=24 * 3600, ge=1)
