@@ -64,6 +64,7 @@ class Worker:
                 key,
                 self.format_id,
                 password=secret(redis.password_env),
+                ca=redis.ca,
                 ttl_s=redis.ttl_s,
                 timeout_s=redis.timeout_s,
                 max_pending_bytes=redis.max_pending_bytes,
