@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
@@ -17,6 +17,7 @@ from redis.backoff import NoBackoff
 
 from lserve.engine.circuit_breaker import CircuitBreaker
 from lserve.engine.errors import SettingsError
+from lserve.engine.redis_client import client_options
 
 from .settings import Settings, secret
 
@@ -35,8 +36,9 @@ class DirectoryHit:
 class Directory:
     """Belongs to the event loop that first uses it.
 
-    url: redis://, rediss:// or unix://. secret: the cluster's; an entry without its MAC is a miss. ttl_s: how long a
-    hint is believed. timeout_s: the longest that a lookup waits. SettingsError if the url is malformed.
+    url: redis://, rediss:// or unix://. secret: the cluster's; an entry without its MAC is a miss. ca: see
+    `engine/redis_client.py`. ttl_s: how long a hint is believed. timeout_s: the longest that a lookup waits.
+    SettingsError if url or ca cannot be used.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Directory:
         secret: bytes,
         *,
         password: str | None = None,
+        ca: str | None = None,
         ttl_s: int = 3600,
         timeout_s: float = 0.1,
         key_prefix: str = "lserve:directory:",
@@ -53,15 +56,9 @@ class Directory:
         self._key = hmac.digest(secret, b"lserve prefix directory", "sha256")
         self._prefix, self._ttl_s, self._timeout_s = key_prefix, ttl_s, timeout_s
         self._breaker = CircuitBreaker("prefix directory calls", retry_after_s)
-        options: dict[str, Any] = {} if password is None else {"password": password}
+        options = client_options(url, password, ca, timeout_s)
         try:
-            self._redis = redis.asyncio.Redis.from_url(
-                url,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                retry=Retry(NoBackoff(), 0),
-                **options,
-            )
+            self._redis = redis.asyncio.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **options)
         except ValueError as error:
             raise SettingsError(f"redis.url is malformed: {error}") from error
 
@@ -73,6 +70,7 @@ class Directory:
             settings.redis.url,
             cluster_secret,
             password=secret(settings.redis.password_env),
+            ca=settings.redis.ca,
             ttl_s=settings.redis.ttl_s,
             timeout_s=settings.redis.timeout_s,
         )

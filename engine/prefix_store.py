@@ -20,6 +20,7 @@ from redis.retry import Retry
 
 from .circuit_breaker import CircuitBreaker
 from .errors import SettingsError
+from .redis_client import client_options
 from .sealed_page import PageKey, PageSeal
 
 __all__ = ["PageKey", "PrefixStore", "PrefixStoreCounters"]
@@ -65,9 +66,9 @@ class _Fetch:
 class PrefixStore:
     """Pages of one format, for all workers of a cluster.
 
-    url: redis://, rediss:// or unix://. secret: the cluster's. ttl_s: how long a page lives after it was written; None
-    leaves that to Redis' eviction. timeout_s: the longest that a read waits for the next bytes. max_pending_bytes: of
-    pages waiting to be written; more are dropped. SettingsError if the url is malformed.
+    url: redis://, rediss:// or unix://. secret: the cluster's. ca: see `redis_client.py`. ttl_s: how long a page lives
+    after it was written; None leaves that to Redis' eviction. timeout_s: the longest that a read waits for the next
+    bytes. max_pending_bytes: of pages waiting to be written; more are dropped. SettingsError if url or ca is unusable.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class PrefixStore:
         format_id: str,
         *,
         password: str | None = None,
+        ca: str | None = None,
         ttl_s: int | None = None,
         timeout_s: float = 0.25,
         max_pending_bytes: int = 256 << 20,
@@ -85,8 +87,8 @@ class PrefixStore:
     ) -> None:
         self._seal = PageSeal(secret, format_id)
         self._prefix, self._ttl_s, self._timeout_s = key_prefix, ttl_s, timeout_s
-        self._reader = _connect(url, password, timeout_s, _NUM_READERS)
-        self._writer = _connect(url, password, max(timeout_s, 2.0), 1)
+        self._reader = _connect(url, client_options(url, password, ca, timeout_s), _NUM_READERS)
+        self._writer = _connect(url, client_options(url, password, ca, max(timeout_s, 2.0)), 1)
         self._reads = CircuitBreaker("reads of prefix pages", retry_after_s)
         self._writes = CircuitBreaker("writes of prefix pages", retry_after_s)
         self._counters = PrefixStoreCounters()
@@ -262,18 +264,10 @@ class PrefixStore:
         return counts
 
 
-def _connect(url: str, password: str | None, timeout_s: float, max_connections: int) -> "redis.Redis":
+def _connect(url: str, options: dict[str, Any], max_connections: int) -> "redis.Redis":
     """A client that fails at once instead of trying again. Connects when first used."""
-    options: dict[str, Any] = {} if password is None else {"password": password}
     try:
-        return redis.Redis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            max_connections=max_connections,
-            **options,
-        )
+        return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), max_connections=max_connections, **options)
     except ValueError as error:
         raise SettingsError(f"redis.url is malformed: {error}") from error
 
