@@ -194,15 +194,23 @@ class Engine:
             self._swap.restore(sequence)
         result.admitted += [self._reservation(s) for s in plan.admitted if s.hold or s.prefill_only]
         result.computed = bool(plan.decode or plan.prefill)
+        logits: list[torch.Tensor] = []
+        rows: list[SamplingRow] = []
         if plan.decode:
             budgets = [(s, budget_pages(s, self.runner.sparsity)) for s in plan.decode]
             result.density["decode"] = self._density.decode(budgets)
             traced = self.trace.begin(plan.decode, self.runner.sparsity)
-            logits = self.runner.decode(plan.decode, self.trace.see if traced else None)
-            self._after_decode(plan.decode, logits, self.trace.finish())
+            logits.append(self.runner.decode(plan.decode, self.trace.see if traced else None))
+            rows += [self._sampling_row(s, s.choice) for s in plan.decode]
         if plan.prefill:
             result.density["prefill"] = self._density.prefill(plan.prefill)
-            self._after_prefill(plan.prefill, self.runner.prefill(plan.prefill), result)
+            logits.append(self.runner.prefill(plan.prefill))
+            for sequence in (chunk.sequence for chunk in plan.prefill if chunk.is_last):
+                rows += [self._sampling_row(sequence, sequence.choice + i) for i in range(sequence.num_forks + 1)]
+        if result.computed:
+            drawn = self._draw(logits, rows)
+            self._after_decode(plan.decode, drawn[: len(plan.decode)], self.trace.finish())
+            self._after_prefill(plan.prefill, drawn[len(plan.decode) :], result)
         result.outputs += self._pending
         self._pending = []
         return result
@@ -267,30 +275,31 @@ class Engine:
             time.monotonic(),
         )
 
+    def _draw(self, logits: SequenceOf[torch.Tensor], rows: SequenceOf[SamplingRow]) -> list[SampledToken]:
+        """Draws a step's tokens, and waits until the device has done all of it: other workers may read the pages that
+        it announces, and pages that it gives back may be written from outside.
+        """
+        if rows:
+            return sample(logits[0] if len(logits) == 1 else torch.cat(tuple(logits)), rows)
+        self.runner.wait()
+        return []
+
     def _after_decode(
-        self, sequences: list[Sequence], logits: torch.Tensor, choices: Mapping[Sequence, PageChoice]
+        self, sequences: list[Sequence], drawn: list[SampledToken], choices: Mapping[Sequence, PageChoice]
     ) -> None:
         for sequence in sequences:
             sequence.num_computed, sequence.fresh = sequence.num_tokens, False
-        for sequence, token in zip(
-            sequences, sample(logits, [self._sampling_row(s, s.choice) for s in sequences]), strict=True
-        ):
+        for sequence, token in zip(sequences, drawn, strict=True):
             self._emit(sequence, token, choices.get(sequence))
             if sequence.state is State.RUNNING:
                 self.scheduler.drop_stale_streaming(sequence)
 
-    def _after_prefill(self, chunks: list[PrefillChunk], logits: torch.Tensor, result: StepResult) -> None:
-        rows, counts = [], []
+    def _after_prefill(self, chunks: list[PrefillChunk], drawn: list[SampledToken], result: StepResult) -> None:
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
             self._publisher.keep(chunk.sequence, chunk.end)
             if chunk.sequence.chain:
                 result.written.append(self._publisher.written(chunk))
-            if chunk.is_last:
-                sequence = chunk.sequence
-                rows += [self._sampling_row(sequence, sequence.choice + i) for i in range(sequence.num_forks + 1)]
-                counts.append(sequence.num_forks + 1)
-        drawn = sample(logits.repeat_interleave(torch.tensor(counts, device=logits.device), 0), rows) if rows else []
         for chunk in chunks:
             sequence = chunk.sequence
             first: list[SampledToken] = []

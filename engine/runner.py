@@ -33,8 +33,8 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(self, chunks: list[PrefillChunk]) -> torch.Tensor:
-        """Computes the chunks; returns float32 logits [chunks that end a prefill, vocabulary] after their last
-        token.
+        """Computes the chunks; returns float32 logits [choices, vocabulary] after the last token of those that end a
+        prefill, one line for each choice that starts there.
         """
         device = self._cache.device
         tokens = [t for c in chunks for t in c.sequence.token_ids[c.start : c.end]]
@@ -44,7 +44,17 @@ class Runner:
         hidden = self.model.forward(token_ids, at, step)
         ends = torch.tensor([c.length for c in chunks]).cumsum(0) - 1
         last = torch.tensor([c.is_last for c in chunks])
-        return self.model.logits(hidden[upload(ends[last], torch.int64, device)])
+        hidden = hidden[upload(ends[last], torch.int64, device)]
+        logits = self.model.logits(hidden)
+        choices = [c.sequence.num_forks + 1 for c in chunks if c.is_last]
+        if max(choices, default=1) == 1:
+            return logits
+        return logits[upload([i for i, count in enumerate(choices) for _ in range(count)], torch.int64, device)]
+
+    def wait(self) -> None:
+        """Until the device has done everything that it was given."""
+        if self._cache.device.type == "cuda":
+            torch.cuda.synchronize(self._cache.device)
 
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence], observe: Observe | None = None) -> torch.Tensor:
