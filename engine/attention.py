@@ -90,8 +90,9 @@ class PrefillStep:
         sparse_from = self._sparsity.prefill_sparse_from
         if sparse_from is None or all(c.end <= sparse_from or c.sequence.request.attention.dense for c in self._chunks):
             return None
-        threshold = self._sparsity.prefill_threshold
-        return prefill_blocks(query, key, scratch_key, view, self._batch, sparse_from, threshold=threshold)
+        budget = self._sparsity.prefill_budget
+        threshold = self._sparsity.prefill_threshold if budget is None else None
+        return prefill_blocks(query, key, scratch_key, view, self._batch, sparse_from, threshold, budget)
 
 
 class DecodeStep:

@@ -63,6 +63,7 @@ class SparsityConfig:
     rule: two_stage, or min_max: the first stage alone, which is LServe's own rule (its logical pages have 16 tokens).
     prefill_sparse_from: query blocks at or past this position use the block estimator; None never does.
     prefill_threshold: a key block stays when its score is at least this fraction of its row's largest.
+    prefill_budget: the share of its row's key blocks that stays instead, the best ones; None goes by the threshold.
     """
 
     token_budget: int | None = 8192
@@ -75,6 +76,7 @@ class SparsityConfig:
     head_profile: str | None = None
     prefill_sparse_from: int | None = None
     prefill_threshold: float = 0.05
+    prefill_budget: float | None = None
 
     def __post_init__(self) -> None:
         if self.reselect_interval < 1 or PAGE_SIZE % self.reselect_interval:
@@ -82,6 +84,8 @@ class SparsityConfig:
         for name, value in (("sink_size", self.sink_size), ("local_window", self.local_window)):
             if value <= 0 or value % PAGE_SIZE:
                 raise SettingsError(f"sparsity.{name} must be a positive multiple of {PAGE_SIZE}, got {value}")
+        if self.prefill_budget is not None and not 0 < self.prefill_budget <= 1:
+            raise SettingsError(f"sparsity.prefill_budget must be above 0 and at most 1, got {self.prefill_budget}")
         if self.candidate_factor < 1:
             raise SettingsError(f"sparsity.candidate_factor must be at least 1, got {self.candidate_factor}")
         if self.token_budget is not None and self.token_budget > self.max_token_budget:

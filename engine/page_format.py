@@ -91,6 +91,7 @@ def make_page_format(
         "local_window": sparsity.local_window,
         "prefill_sparse_from": sparsity.prefill_sparse_from,
         "prefill_threshold": sparsity.prefill_threshold if sparsity.prefill_sparse_from is not None else None,
+        "prefill_budget": sparsity.prefill_budget if sparsity.prefill_sparse_from is not None else None,
         "layout": asdict(layout),
         "ranks": 1,
     }

@@ -129,16 +129,19 @@ def test_what_decode_seals_is_read_back_as_its_page_decodes(tiny: tuple[Model, A
     assert check_attention(engine, probe) == 3 * (30 + 299 + 63 + 139)
 
 
-def test_dense_requests_and_sparse_prefill_in_turn(tiny: tuple[Model, Any], draws: Draws) -> None:
+@pytest.mark.parametrize("estimator", [{"prefill_threshold": 0.9}, {"prefill_budget": 0.25}], ids=str)
+def test_dense_requests_and_sparse_prefill_in_turn(
+    tiny: tuple[Model, Any], draws: Draws, estimator: dict[str, float]
+) -> None:
     """`dense` lifts the prefill estimator for its own request only; chunks of the two kinds never share a step."""
-    sparsity = replace(SPARSITY, prefill_sparse_from=256, prefill_threshold=0.9)
+    sparsity = replace(SPARSITY, prefill_sparse_from=256, **estimator)
     engine, _ = make_engine(tiny[0], sparsity=sparsity, chunk_size=256)
     prompt = tokens(700)
     sparse, dense = request(prompt, 2), request(prompt, 2, attention=AttentionOptions(dense=True))
     answers = run(engine, [sparse, dense, request(tokens(3), 2)])
     assert_as_transformers(tiny[1], draws, dense, answers[dense.request_id, 0].token_ids)
     expected = their_logits(tiny[1], torch.tensor(prompt))[-1]
-    assert (draws.of(sparse)[700] - expected).abs().max() > 1e-2, "a threshold of 0.9 must have left blocks out"
+    assert (draws.of(sparse)[700] - expected).abs().max() > 1e-2, "blocks must have been left out"
     assert_idle(engine)
 
 
