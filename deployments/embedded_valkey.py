@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -140,11 +141,16 @@ def _tls_configuration(tls: TlsListener, directory: Path) -> Path:
     """A file for what must not stand on a command line, which every user can read."""
     for name, content in (("server.crt", tls.certificate), ("server.key", tls.key)):
         (directory / name).write_text(content)
+    lines = {
+        "bind": "* -::*",
+        "tls-port": tls.port,
+        "tls-auth-clients": "no",
+        "tls-cert-file": f"{directory}/server.crt",
+        "tls-key-file": f"{directory}/server.key",
+        "requirepass": json.dumps(tls.password, ensure_ascii=False),  # Valkey quotes strings as JSON does
+    }
     configuration = directory / "valkey.conf"
-    configuration.write_text(
-        f"bind * -::*\ntls-port {tls.port}\ntls-auth-clients no\nrequirepass {tls.password}\n"
-        f"tls-cert-file {directory}/server.crt\ntls-key-file {directory}/server.key\n"
-    )
+    configuration.write_text("".join(f"{name} {value}\n" for name, value in lines.items()))
     return configuration
 
 
@@ -153,9 +159,7 @@ def _tls_server_binary() -> str:
     for name in ("valkey-server", "redis-server"):
         if found := shutil.which(name):
             return found
-    raise SettingsError(
-        "no Redis with TLS is installed here: apt-get install redis-server, or use a managed one"
-    )
+    raise SettingsError("no Redis with TLS is installed here: apt-get install redis-server, or use a managed one")
 
 
 def _server_binary() -> str:

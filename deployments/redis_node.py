@@ -50,6 +50,10 @@ class RedisNode:
         """Where the server is and how to know it."""
         return self._endpoint
 
+    def stop(self) -> None:
+        """End the server; it also ends with this process."""
+        self._server.stop()
+
 
 def start_redis(max_memory_bytes: int, port: int, timeout_s: float) -> RedisEndpoint:
     """The endpoint of the cluster's Redis, started where it is not yet; waits for a node with the resource.
