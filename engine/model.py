@@ -72,12 +72,21 @@ class Model:
 
         token_ids, positions: int64 [T] on the model's device. Returns hidden states [T, hidden_size] for `logits`.
         """
-        config, layers = self.config, self._weights.layers
-        eps, num_tokens, num_heads = config.rms_norm_eps, token_ids.shape[0], sum(self._widths)
+        return self.run_layers(self.embed(token_ids), positions, attend, range(self.config.num_layers))
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Hidden states before the first layer: token_ids int64 [T] to [T, hidden_size]."""
+        return torch.nn.functional.embedding(token_ids, self._weights.embedding)
+
+    def run_layers(self, hidden: Tensor, positions: Tensor, attend: Attend, layers: range) -> Tensor:
+        """Runs some consecutive layers: hidden states [T, hidden_size] before the first to those after the last."""
+        config, num_tokens, num_heads = self.config, hidden.shape[0], sum(self._widths)
+        eps, weights = config.rms_norm_eps, self._weights.layers
         cos, sin = self._rotary.tables(positions)
-        residual = torch.nn.functional.embedding(token_ids, self._weights.embedding)
-        x = norm_for(layers[0].qkv, residual, layers[0].input_norm, eps)
-        for index, layer in enumerate(layers):
+        residual, first = hidden, weights[layers.start]
+        x = norm_for(first.qkv, residual, first.input_norm, eps)
+        for index in layers:
+            layer = weights[index]
             heads = layer.qkv(x).view(num_tokens, num_heads, config.head_dim)
             query, key, value = heads.split_with_sizes(self._widths, dim=1)
             if layer.query_norm is None or layer.key_norm is None:
@@ -88,8 +97,8 @@ class Model:
             delta = layer.output(attended.reshape(num_tokens, config.num_heads * config.head_dim))
             x, residual = add_norm_for(layer.gate_up, delta, residual, layer.post_norm, eps)
             delta = layer.down(silu_mul_for(layer.down, layer.gate_up(x)))
-            if index + 1 < len(layers):
-                following = layers[index + 1]
+            if index + 1 in layers:
+                following = weights[index + 1]
                 x, residual = add_norm_for(following.qkv, delta, residual, following.input_norm, eps)
         return residual + delta
 
