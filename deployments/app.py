@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from ray import serve
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from .router import Tokenizer
 from .router_deployment import Router
@@ -15,9 +15,14 @@ UNLIMITED = 100_000
 
 ADDRESSED_ROUTER = "lserve.deployments.routing:AddressedRouter"
 LEASE_ROUTER = "lserve.deployments.lease_router:LeaseRouter"
+SCALE_DEPLOYMENT = "lserve.deployments.autoscaling:scale_deployment"
 
 DRAIN_CHECK_S = 0.2
 """How often a replica that is shut down looks whether its calls have ended."""
+
+
+LOOK_BACK_S = 15.0
+"""Over which a worker's numbers are averaged for autoscaling; they cover half a minute themselves."""
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
@@ -46,9 +51,25 @@ def worker(kind: type, role: WorkerResources, router: Any = ADDRESSED_ROUTER) ->
 def _deployment(kind: type, role: WorkerResources) -> serve.Deployment:
     made = cast(serve.Deployment, serve.deployment(kind))
     return made.options(
-        num_replicas=role.replicas,
+        **_replicas(role),
         ray_actor_options={"num_cpus": role.num_cpus, "num_gpus": role.num_gpus, "resources": dict(role.resources)},
         max_ongoing_requests=UNLIMITED,
         graceful_shutdown_timeout_s=role.drain_s,
         graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
     )
+
+
+def _replicas(role: WorkerResources) -> dict[str, Any]:
+    """A fixed number, or the bounds between which the policy decides: at once, since it has its own delay."""
+    if not role.is_autoscaled:
+        return {"num_replicas": role.replicas}
+    config = AutoscalingConfig(
+        min_replicas=role.least_replicas,
+        initial_replicas=role.replicas,
+        max_replicas=role.most_replicas,
+        look_back_period_s=LOOK_BACK_S,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        policy=AutoscalingPolicy(policy_function=SCALE_DEPLOYMENT),  # type: ignore[no-untyped-call]
+    )
+    return {"autoscaling_config": config}

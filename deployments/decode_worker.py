@@ -37,17 +37,22 @@ class DecodeWorker:
         left = request.sampling.n
         handoffs: list[Handoff] = []
         prefilling: float | None = None
+        has_begun = False
         try:
             await worker.loop.call(lambda e: e.add_request(request, hold=True))
             async with asyncio.timeout(_seconds_left(request)):
                 reservation = await events.reservation()
                 if reservation is not None:
                     worker.metrics.queue.record(reservation.admitted_at - asked)
+                    worker.stats.note_wait(reservation.admitted_at - asked)
                     prefilling = await self._fill(request, hint, reservation, handoffs)
             async for outputs in events.outputs():
                 if prefilling is not None:
                     worker.metrics.prefill.record(time.monotonic() - prefilling)
                     prefilling = None
+                if not has_begun:
+                    has_begun = True
+                    worker.stats.note_first_token(time.monotonic() - asked)
                 left -= sum(output.finish_reason is not None for output in outputs)
                 yield outputs
                 if not left:
@@ -63,7 +68,12 @@ class DecodeWorker:
     async def load(self) -> WorkerLoad:
         """How full this worker is."""
         load = await self._worker.load()
-        return WorkerLoad(self._worker.worker_id, load.used_pages, load.total_pages, load.running, load.waiting)
+        pages = load.used_pages + load.waiting_pages
+        return WorkerLoad(self._worker.worker_id, pages, load.total_pages, load.running, load.waiting)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For the autoscaling policy; Ray Serve asks by this name."""
+        return await self._worker.autoscaling_stats()
 
     async def counts(self) -> EngineLoad:
         """Everything that this worker holds."""

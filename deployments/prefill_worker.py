@@ -71,6 +71,10 @@ class PrefillWorker:
         ttl_s = self._worker.settings.prefill.lease_s
         return await self._worker.loop.call(lambda e: [e.leases.extend(*lease, ttl_s) for lease in call.leases])
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For the autoscaling policy; Ray Serve asks by this name."""
+        return await self._worker.autoscaling_stats()
+
     async def counts(self) -> EngineLoad:
         """Everything that this worker holds."""
         return await self._worker.load()
@@ -97,6 +101,7 @@ class PrefillWorker:
         reservation = await events.reservation()
         assert reservation is not None
         worker.metrics.queue.record(reservation.admitted_at - asked)
+        worker.stats.note_wait(reservation.admitted_at - asked)
         own = cached = reservation.num_cached_tokens
         if hold:
             cached = await worker.fetch_prefix(reservation, message.known_tokens)

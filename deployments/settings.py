@@ -7,7 +7,7 @@ not stand here: the settings hold the names of environment variables, and `secre
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import yaml
@@ -37,14 +37,42 @@ class ModelSettings(_Section):
 class WorkerResources(_Section):
     """How many replicas of a role, and what Ray reserves for each. resources: custom ones, such as a node type's.
 
+    min_replicas, max_replicas: bounds between which the number follows the load, from `replicas` on; None: `replicas`.
     drain_s: the longest that a replica which is shut down goes on with its requests and leases.
     """
 
     replicas: int = Field(default=1, ge=1)
+    min_replicas: int | None = Field(default=None, ge=1)
+    max_replicas: int | None = Field(default=None, ge=1)
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
     resources: dict[str, float] = {}
     drain_s: float = Field(default=30.0, ge=0)
+
+    @property
+    def least_replicas(self) -> int:
+        """The fewest that there ever are."""
+        return self.replicas if self.min_replicas is None else self.min_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """The most that there ever are."""
+        return self.replicas if self.max_replicas is None else self.max_replicas
+
+    @property
+    def is_autoscaled(self) -> bool:
+        """Whether the number of replicas follows the load."""
+        return self.least_replicas < self.most_replicas
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.least_replicas > self.replicas:
+            raise ValueError(f"min_replicas must be at most {self.replicas}, the number of replicas to begin with")
+        if self.most_replicas < self.replicas:
+            raise ValueError(f"max_replicas must be at least {self.replicas}, the number of replicas to begin with")
+        if self.replicas == 0 and self.most_replicas:
+            raise ValueError("without replicas there can be no max_replicas")
+        return self
 
 
 class PrefillSettings(WorkerResources):
@@ -95,6 +123,20 @@ class RouterSettings(WorkerResources):
     max_prompts: int = Field(default=64, ge=1)
 
 
+class AutoscalingSettings(_Section):
+    """What the number of workers follows, where a role has max_replicas above min_replicas.
+
+    ttft_target_s: of nine requests in ten, from the decode worker's receipt on. itl_target_s: mean. page_use, busy:
+    the shares of pages and of prefill time to be used. shrink_after_s: how long fewer must have been enough.
+    """
+
+    ttft_target_s: float = Field(default=10.0, gt=0)
+    itl_target_s: float = Field(default=0.05, gt=0)
+    page_use: float = Field(default=0.85, gt=0, le=1)
+    busy: float = Field(default=0.7, gt=0, le=1)
+    shrink_after_s: float = Field(default=600.0, ge=0)
+
+
 class RedisSettings(_Section):
     """Where prefix pages are kept. url None: no Redis (`lserve up` starts an embedded Valkey and fills it in).
 
@@ -134,6 +176,7 @@ class Settings(_Section):
     prefill: PrefillSettings = PrefillSettings()
     decode: DecodeSettings = DecodeSettings()
     router: RouterSettings = RouterSettings()
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
     redis: RedisSettings = RedisSettings()
 
     @model_validator(mode="after")

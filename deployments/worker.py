@@ -17,11 +17,13 @@ from lserve.engine.results import EngineLoad, Reservation, StepResult, WrittenPa
 from lserve.engine.sealed_page import PageKey
 from lserve.engine.transfer import Transfer
 
+from .autoscaling import Targets, reported
 from .directory import Directory
 from .engine_loop import EngineLoop
 from .messages import WorkerInfo
 from .metrics import Metrics
 from .settings import Role, Settings, cluster_secret, secret
+from .worker_stats import StatsWindow
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class Worker:
                 max_pending_bytes=redis.max_pending_bytes,
             )
             self.directory = Directory.from_settings(settings, key)
+        self.stats = StatsWindow()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._event_loop = asyncio.get_running_loop()
         self.loop = EngineLoop(self.engine, self._after_step)
@@ -83,6 +86,13 @@ class Worker:
     async def load(self) -> EngineLoad:
         """How full the engine is."""
         return await self.loop.call(lambda e: e.load())
+
+    async def autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy goes by; only decode workers can run out of places in the batch."""
+        batch = self.settings.decode.max_batch_size if self.role == "decode" else None
+        ours = self.settings.autoscaling
+        targets = Targets(ours.ttft_target_s, ours.itl_target_s, ours.page_use, ours.busy, ours.shrink_after_s)
+        return reported(self.stats.stats(await self.load(), batch), targets)
 
     def check_health(self) -> None:
         """Raises WorkerLostError when the engine's thread has failed."""
@@ -169,12 +179,11 @@ class Worker:
                     ]
             published.append((written, pages))
         if published or result.density:
-            self.loop.call_soon(lambda: self._note(result.density, published))
+            self.loop.call_soon(lambda: self._note(result, published))
 
-    def _note(
-        self, density: dict[str, float], published: list[tuple[WrittenPages, list[tuple[PageKey, memoryview]]]]
-    ) -> None:
-        for phase, fraction in density.items():
+    def _note(self, result: StepResult, published: list[tuple[WrittenPages, list[tuple[PageKey, memoryview]]]]) -> None:
+        self.stats.note_step(result.seconds, result.prefill_tokens, "decode" in result.density)
+        for phase, fraction in result.density.items():
             self.metrics.attention_density.record(fraction, phase=phase)
         for written, pages in published:
             assert self.store is not None and self.directory is not None

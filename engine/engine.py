@@ -186,7 +186,7 @@ class Engine:
 
     def step(self) -> StepResult:
         """Schedules, runs and postprocesses one step."""
-        result = StepResult(outputs=self._pending)
+        result, started = StepResult(outputs=self._pending), time.monotonic()
         self._pending = []
         self._expire(result)
         plan = self.scheduler.schedule()
@@ -203,6 +203,7 @@ class Engine:
             logits.append(self.runner.decode(plan.decode, self.trace.see if traced else None))
             rows += [self._sampling_row(s, s.choice) for s in plan.decode]
         if plan.prefill:
+            result.prefill_tokens = sum(chunk.length for chunk in plan.prefill)
             result.density["prefill"] = self._density.prefill(plan.prefill)
             logits.append(self.runner.prefill(plan.prefill))
             for sequence in (chunk.sequence for chunk in plan.prefill if chunk.is_last):
@@ -213,11 +214,13 @@ class Engine:
             self._after_prefill(plan.prefill, drawn[len(plan.decode) :], result)
         result.outputs += self._pending
         self._pending = []
+        result.seconds = time.monotonic() - started
         return result
 
     def load(self) -> EngineLoad:
         """How full the engine is now."""
         queues = self.scheduler
+        prompts = queues.prompts_to_compute
         return EngineLoad(
             running=len(queues.running) + len(queues.prefilling) + len(queues.held),
             waiting=len(queues.waiting) + len(queues.swapped),
@@ -230,6 +233,10 @@ class Engine:
             used_rows=self.row_pool.num_used,
             total_rows=self.row_pool.num_pages,
             leases=self.leases.num_held,
+            waiting_pages=queues.waiting_pages,
+            queued_prompts=max(len(prompts) - 1, 0),
+            queued_tokens=sum(prompts[1:]),
+            head_tokens=sum(prompts[:1]),
         )
 
     def generate(self, prompts: Iterable[str | SequenceOf[int]], params: SamplingParams | None = None) -> list[str]:

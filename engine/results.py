@@ -48,6 +48,7 @@ class StepResult:
 
     computed: whether the model ran; when not, everything waits for pages. Pages in `written` may be overwritten by the
     next step: copy them before it. density: phase to the fraction of dense attention's work that the step did.
+    prefill_tokens: prompt tokens that it computed. seconds: how long it took.
     """
 
     outputs: list[Output] = field(default_factory=list)
@@ -57,6 +58,8 @@ class StepResult:
     errors: list[tuple[str, LServeError]] = field(default_factory=list)
     computed: bool = False
     density: dict[str, float] = field(default_factory=dict)
+    prefill_tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,9 @@ class EngineLoad:
 
     used_pages: retrieval pages that a request or lease holds. cached_pages: those that the prefix index alone holds.
     The same of streaming pages and tail rows. All used_ counts and leases are zero when the worker is idle.
+
+    waiting_pages: retrieval pages that waiting sequences will need. queued_prompts, queued_tokens: prompts, and what is
+    left of them to compute, that wait for the prompt in progress, which has head_tokens left.
     """
 
     running: int
@@ -95,3 +101,7 @@ class EngineLoad:
     used_rows: int
     total_rows: int
     leases: int
+    waiting_pages: int
+    queued_prompts: int
+    queued_tokens: int
+    head_tokens: int

@@ -62,6 +62,17 @@ class Scheduler:
         """Whether a step would do anything now or after pages come free (held sequences wait for someone else)."""
         return bool(self.waiting or self.swapped or self.prefilling or self.running)
 
+    @property
+    def prompts_to_compute(self) -> list[int]:
+        """Tokens left of each prompt that is to be computed here, in the order of their turns."""
+        waiting = (s for s in self.waiting if s.prefill_only or not s.hold)
+        return [s.num_prefill - s.num_computed for s in (*self.prefilling, *waiting)]
+
+    @property
+    def waiting_pages(self) -> int:
+        """Retrieval pages that the waiting sequences will ask for."""
+        return sum(s.num_prefill // PAGE_SIZE + 1 for s in self.waiting) if self._has_retrieval else 0
+
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence. Raises CapacityError when `max_waiting` sequences wait already."""
         if len(self.waiting) >= self._config.max_waiting:

@@ -116,7 +116,7 @@ def check_port_is_free(host: str, port: int) -> None:
 
 def _reserved_cpus(settings: Settings) -> int:
     parts = (settings.prefill, settings.decode, settings.router)
-    return max(1, math.ceil(sum(part.replicas * part.num_cpus for part in parts)))
+    return max(1, math.ceil(sum(part.most_replicas * part.num_cpus for part in parts)))
 
 
 def _reason(reports: list[str]) -> str:
