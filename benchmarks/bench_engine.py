@@ -1,253 +1,250 @@
-"""The whole engine on one device: prefill and decode times by context and batch, dense and sparse.
+"""The whole engine on one device: prefill and decode times by context and batch, and where a step's time goes.
 
-Weights are random (`--shape`), pages hold random keys and values, so that no checkpoint is needed; work and traffic are
-those of a real model. Decode times are medians over steps of which one in `reselect_interval` selects pages, host work
-and sampling included.
+Weights and pages are random, so no checkpoint is needed; work and traffic are those of a real model. Decode is one
+`Engine.step`, host work and sampling included, averaged over a reselect interval (one step in it chooses pages).
+Prefill is from `add_request` to the first token. The parts are device time, from torch's profiler; `host` is what is
+left of the step. Beside each time stands the bar that it has to meet and vLLM 0.24's time (fp8 weights and cache), both
+on an H200.
 
-    python benchmarks/bench_engine.py --shape llama-3-8b --device cuda [--weights w4a8] [--kv-dtype int4] [--write]
-    python benchmarks/bench_engine.py --shape tiny          # seconds on a CPU
+    python benchmarks/bench_engine.py --shape llama-3-8b --device cuda --weights w4a8 \\
+        --decode 8Kx1,32Kx8,128Kx1,128Kx8,512Kx1 --prefill 32K,128K --prefill-sparse 128K --chunk 8192
+    python benchmarks/bench_engine.py          # a tiny shape, seconds on a CPU
 """
 
 import argparse
+import json
 import statistics
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-from common import print_table, report
+from common import RESULTS, environment, print_table
+from device_parts import device_parts
+from random_engine import SHAPES, random_engine, random_model
 
-from lserve.engine.config import (
-    CacheConfig,
-    EngineConfig,
-    ModelConfig,
-    SchedulerConfig,
-    SparsityConfig,
-)
 from lserve.engine.engine import Engine
-from lserve.engine.loading import LoadedModel
-from lserve.engine.page_format import make_page_format
-from lserve.engine.pool_sizes import PoolSizes
-from lserve.engine.request import AttentionOptions, Request, SamplingParams
-from lserve.engine.sampling import SamplingRow, sample
-from lserve.engine.sequence import PrefillChunk, Sequence, State
-from lserve.engine.weights import build_model
-from lserve.kernels.kv_write import write_pages
+from lserve.engine.request import AttentionOptions, Request, SampledToken, SamplingParams
 
-SHAPES = {
-    "llama-3-8b": ModelConfig("llama", 32, 4096, 14336, 32, 8, 128, 128256, 1 << 20, 5e5, 1e-5),
-    "tiny": ModelConfig("llama", 4, 256, 512, 8, 2, 64, 1024, 1 << 16, 5e5, 1e-5),
-}
-GREEDY = SamplingParams(temperature=0, max_tokens=1)
-
-
-@dataclass
-class RandomTensors:
-    """A checkpoint of random weights, made one tensor at a time."""
-
-    config: ModelConfig
-    device: str
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        c = self.config
-        layer = {
-            "input_layernorm": (c.hidden_size,),
-            "post_attention_layernorm": (c.hidden_size,),
-            "self_attn.q_proj": (c.num_heads * c.head_dim, c.hidden_size),
-            "self_attn.k_proj": (c.num_kv_heads * c.head_dim, c.hidden_size),
-            "self_attn.v_proj": (c.num_kv_heads * c.head_dim, c.hidden_size),
-            "self_attn.o_proj": (c.hidden_size, c.num_heads * c.head_dim),
-            "mlp.gate_proj": (c.intermediate_size, c.hidden_size),
-            "mlp.up_proj": (c.intermediate_size, c.hidden_size),
-            "mlp.down_proj": (c.hidden_size, c.intermediate_size),
-        }
-        all_layers = {f"model.layers.{i}.{n}.weight": s for i in range(c.num_layers) for n, s in layer.items()}
-        vocabulary = (c.vocab_size, c.hidden_size)
-        ends = {
-            "model.embed_tokens.weight": vocabulary,
-            "model.norm.weight": (c.hidden_size,),
-            "lm_head.weight": vocabulary,
-        }
-        return all_layers | ends
-
-    def names(self) -> Iterable[str]:
-        return self.shapes()
-
-    def read(self, name: str) -> torch.Tensor:
-        shape = self.shapes()[name]
-        if len(shape) == 1:
-            return torch.ones(shape, device=self.device)
-        return torch.randn(shape, device=self.device, dtype=torch.bfloat16).mul_(shape[1] ** -0.5)
+BARS = {
+    ("decode", 8192, 1): 3.6, ("decode", 32768, 8): 6.0, ("decode", 131072, 1): 3.8, ("decode", 131072, 8): 8.0,
+    ("decode", 524288, 1): 4.2, ("prefill", 131072, 1): 7200.0, ("prefill, 25 % of blocks", 131072, 1): 4500.0,
+}  # fmt: skip
+"""Milliseconds that the Llama-3-8B shape may take at most on an H200."""
+VLLM = {
+    ("decode", 8192, 1): 4.53, ("decode", 32768, 8): 10.85, ("decode", 131072, 1): 7.33, ("decode", 131072, 8): 28.0,
+    ("decode", 524288, 1): 16.38, ("prefill", 32768, 1): 850.0, ("prefill", 131072, 1): 8260.0,
+}  # fmt: skip
+MAX_TOKENS = 512
+GREEDY = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=MAX_TOKENS, ignore_eos=True)
 
 
-def make_engine(args: argparse.Namespace, tokens: int, sparse_from: int | None = None) -> Engine:
-    """An engine whose pools hold about `tokens` tokens in all, filled with random pages."""
-    config = SHAPES[args.shape]
-    dtype = "float32" if args.device == "cpu" else "bfloat16"
-    sparsity = SparsityConfig(
-        token_budget=args.token_budget,
-        max_token_budget=max(args.token_budget, 16384),
-        prefill_sparse_from=sparse_from,
-        prefill_threshold=args.prefill_threshold,
-    )
-    settings = EngineConfig(
-        model=args.shape,
-        device=args.device,
-        compute_dtype=dtype,
-        weights=args.weights,
-        cache=CacheConfig(kv_dtype=args.kv_dtype, prefix_cache=False),
-        sparsity=sparsity,
-        scheduler=SchedulerConfig(chunk_size=args.chunk, max_batch_size=64, max_model_len=config.max_position),
-    )
-    streaming = tuple(
-        tuple(args.streaming and (head + layer) % 2 == 0 for head in range(config.num_kv_heads))
-        for layer in range(config.num_layers)
-    )
-    page_format = make_page_format(config, settings.cache, sparsity, streaming, "random", args.weights, dtype)
-    if args.model is None:
-        source = RandomTensors(config, args.device)
-        args.model = build_model(config, source, torch.device(args.device), getattr(torch, dtype), args.weights)
-    pages = tokens // 64 + 64
-    sizes = PoolSizes(pages, 16 * 64 + 2 * args.chunk // 64 + 64 if args.streaming else 0, 66)
-    engine = Engine(settings, LoadedModel(args.model, None, page_format, sparsity), sizes=sizes)  # type: ignore[arg-type]
-    fill(engine)
-    return engine
+class Report:
+    """Results, written to a file after each one, so that a run that is cut short leaves what it has measured."""
+
+    def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
+        self._path, self._header, self._results = path, header, list[dict[str, Any]]()
+        self._has_bars = header["shape"] == "llama-3-8b" and "H200" in header["device"]
+
+    def measure(
+        self, what: str, kv_dtype: str, size: tuple[int, int], run: Callable[..., tuple[float, Any]], *arguments: Any
+    ) -> None:
+        """Runs one case, which returns milliseconds and, maybe, its parts. A failure is kept as its result."""
+        context, batch = size
+        entry: dict[str, Any] = {"what": what, "kv_dtype": kv_dtype, "context": context, "batch": batch}
+        try:
+            entry["ms"], parts = run(*arguments)
+            if parts is not None:
+                entry["parts"], entry["kernels"] = parts
+                # what is profiled of a prefill is one chunk, not all of it
+                if what.startswith("decode"):
+                    entry["parts"]["host"] = entry["ms"] - sum(entry["parts"].values())
+        except Exception:
+            traceback.print_exc()
+            entry["error"] = traceback.format_exc(limit=-2)
+        if self._has_bars:
+            bar, vllm = (table.get((what, context, batch)) for table in (BARS, VLLM))
+            entry |= {"bar_ms": bar, "vllm_ms": vllm}
+            if bar is not None:
+                entry["met"] = entry.get("ms", float("inf")) <= bar
+        self._results.append(entry)
+        print(_cells(entry), flush=True)
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(self._header | {"results": self._results}, indent=1) + "\n")
+
+    def print(self) -> None:
+        """Tables of times and parts, then one line of JSON."""
+        header = ("what", "pages", "tokens", "ms", "bar", "vLLM")
+        print_table(header, [_cells(entry) for entry in self._results])
+        parted = [entry for entry in self._results if "parts" in entry]
+        if parted:
+            names = list(parted[0]["parts"])
+            rows = [
+                (*_cells(entry)[:3], *(f"{entry['parts'].get(name, 0.0):.3f}" for name in names)) for entry in parted
+            ]
+            print("\nmilliseconds of a step, or of a prefill's middle chunk:")
+            print_table(("what", "pages", "tokens", *names), rows)
+        print(json.dumps(self._header | {"results": [{**e, "kernels": None} for e in self._results]}))
+
+    @property
+    def failed(self) -> bool:
+        """Whether any case failed."""
+        return any("error" in entry for entry in self._results)
 
 
-def fill(engine: Engine) -> None:
-    """Random keys and values in every page of both pools."""
-    layout, device = engine.page_format.layout, engine.cache.device
-    for pool in (engine.cache.retrieval, engine.cache.streaming):
-        if pool.numel():
-            slots = torch.arange(pool.shape[1], device=device)
-            shape = (16, 64, pool.shape[1], layout.head_dim)
-            key, value = (torch.randn(shape, device=device, dtype=engine.cache.dtype) for _ in range(2))
-            for first in range(0, pool.shape[0], 16):
-                ids = torch.arange(first, min(first + 16, pool.shape[0]), device=device)
-                write_pages(key[: len(ids)], value[: len(ids)], slots, pool, ids, slots, layout)
-    engine.cache.tail.normal_()
+def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
+    size = f"{entry['context']} x {entry['batch']}"
+    times = [f"{entry[key]:.2f}" if entry.get(key) is not None else "" for key in ("ms", "bar_ms", "vllm_ms")]
+    return (entry["what"], entry["kv_dtype"], size, *times)
 
 
-def seat(engine: Engine, context: int, dense: bool) -> Sequence:
-    """A sequence that has `context` tokens in pages, ready to decode."""
-    request = Request("bench", (1,), GREEDY, AttentionOptions(dense=dense))
-    sequence = Sequence(request, 0, [1] * context, context)
-    sequence.row = engine.row_pool.allocate(1)[0]
-    if engine.page_format.num_retrieval_slots:
-        sequence.retrieval_pages = engine.retrieval_pool.allocate(context // 64 + 8)
-    window = [*engine.residency.streaming_pages_to_resume(context), *range(context // 64, context // 64 + 8)]
-    engine.scheduler.reserve_streaming(sequence, window)
-    sequence.state = State.RUNNING
-    return sequence
+def seat(engine: Engine, number: int, context: int, params: SamplingParams, dense: bool) -> Request:
+    """A request whose prompt of `context` tokens is in the (random) pages; it decodes from now on."""
+    request = Request(f"bench-{number}", (1,) * context, params, AttentionOptions(dense=dense))
+    engine.add_request(request, hold=True)
+    engine.step()
+    engine.begin_decode(request.request_id, [SampledToken(1)], 0)
+    return request
 
 
-def leave(engine: Engine, sequences: list[Sequence]) -> None:
-    for sequence in sequences:
-        engine.scheduler.finish(sequence)
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def decode_ms(engine: Engine, context: int, batch: int, dense: bool, steps: int, device: str) -> float:
-    """Median milliseconds of a step, sampling and host work included, mean over a reselect interval."""
-    sequences = [seat(engine, context, dense) for _ in range(batch)]
+def decode(
+    engine: Engine, context: int, batch: int, steps: int, profiled: bool, dense: bool, params: SamplingParams
+) -> tuple[float, Any]:
+    """Milliseconds of a step, mean over the median of each place in a reselect interval; and its parts."""
+    requests = [seat(engine, number, context, params, dense) for number in range(batch)]
     interval = engine.config.sparsity.reselect_interval
+    for _ in range(2 * interval):  # captures the CUDA graphs
+        engine.step()
     times = []
-    for step in range(steps + 2 * interval):
-        synchronize(device)
+    for _ in range(steps // interval * interval):
         start = time.perf_counter()
-        logits = engine.runner.decode(sequences)
-        rows = [SamplingRow(GREEDY, 0, s.num_tokens) for s in sequences]
-        tokens = sample(logits, rows)
-        synchronize(device)
-        if step >= 2 * interval:
-            times.append((time.perf_counter() - start) * 1e3)
-        for sequence, token in zip(sequences, tokens, strict=True):
-            sequence.token_ids.append(token.token_id)
-            sequence.fresh = False
-    leave(engine, sequences)
-    groups = [times[i::interval] for i in range(interval)]
-    return sum(statistics.median(group) for group in groups) / interval
+        outputs = engine.step().outputs
+        times.append((time.perf_counter() - start) * 1e3)
+        assert len(outputs) == batch
+    parts = None
+    if profiled:
+        parts = device_parts(lambda: [engine.step() for _ in range(2 * interval)], 2 * interval)
+    for request in requests:
+        engine.abort(request.request_id)
+    return statistics.mean(statistics.median(times[i::interval]) for i in range(interval)), parts
 
 
-def prefill_s(engine: Engine, context: int, chunk: int, device: str) -> float:
-    """Seconds to prefill a prompt of `context` tokens, chunk by chunk."""
-    sequence = Sequence(Request("bench", (1,), GREEDY), 0, [1] * context, context)
-    sequence.row = engine.row_pool.allocate(1)[0]
-    if engine.page_format.num_retrieval_slots:
-        sequence.retrieval_pages = engine.retrieval_pool.allocate(context // 64 + 1)
-    synchronize(device)
+def prefill(engine: Engine, context: int, chunk: int, profiled: bool) -> tuple[float, Any]:
+    """Milliseconds from a request to its first token; and the parts of a chunk in the prompt's middle."""
+    first_token_ms(engine, min(context, 2 * chunk))
+    ms = first_token_ms(engine, context)
+    parts = None
+    if profiled:
+        done = context // 2 // chunk * chunk
+        request = Request("middle", (1,) * (done + chunk), GREEDY)
+        engine.add_request(request, hold=True)
+        engine.step()
+        engine.reserve_window(request.request_id, done)
+        engine.begin_prefill(request.request_id, done)
+        parts = device_parts(engine.step, 1)
+        engine.abort(request.request_id)
+    return ms, parts
+
+
+def first_token_ms(engine: Engine, context: int) -> float:
+    prompt = torch.randint(0, engine.model_config.vocab_size, (context,)).tolist()
     start = time.perf_counter()
-    for first in range(0, context, chunk):
-        part = PrefillChunk(sequence, first, min(chunk, context - first))
-        engine.scheduler.reserve_streaming(sequence, list(range(part.start // 64, part.end // 64 + 1)))
-        engine.runner.prefill([part])
-        sequence.num_computed = part.end
-        engine.scheduler.drop_stale_streaming(sequence)
-    synchronize(device)
-    seconds = time.perf_counter() - start
-    leave(engine, [sequence])
-    return seconds
+    engine.add_request(Request("prompt", tuple(prompt), GREEDY))
+    while not engine.step().outputs:
+        pass
+    ms = (time.perf_counter() - start) * 1e3
+    engine.abort("prompt")
+    return ms
 
 
-def parse_cases(text: str) -> list[tuple[int, int]]:
-    return [(int(c), int(b)) for c, b in (case.split("x") for case in text.split(",") if case)]
+def size(text: str) -> int:
+    """128K is 131072."""
+    return int(text[:-1]) * 1024 if text.endswith("K") else int(text)
 
 
-def main() -> None:
+def sizes(text: str) -> list[int]:
+    return [size(part) for part in text.split(",") if part]
+
+
+def cases(text: str) -> list[tuple[int, int]]:
+    return [(size(c), int(b)) for c, b in (case.split("x") for case in text.split(",") if case)]
+
+
+def _tokens(wanted: list[tuple[int, int]]) -> int:
+    return max(((context + MAX_TOKENS) * batch for context, batch in wanted), default=0)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--weights", default="native")
     parser.add_argument("--kv-dtype", default="int4")
-    parser.add_argument("--token-budget", type=int, default=8192)
+    parser.add_argument("--token-budget", type=size, default=8192)
     parser.add_argument("--no-streaming", dest="streaming", action="store_false", help="all heads keep all history")
-    parser.add_argument("--decode", default="2048x1,8192x2", help="context x batch, ...")
-    parser.add_argument("--dense", default="", help="decode cases to time densely too")
-    parser.add_argument("--prefill", default="4096")
-    parser.add_argument("--prefill-sparse", default="", help="prefill lengths to time with the block estimator")
-    parser.add_argument("--prefill-threshold", type=float, default=0.05)
-    parser.add_argument("--chunk", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--name", default="engine")
-    parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results/")
-    args = parser.parse_args()
-    args.model = None
-    rows: list[tuple[object, ...]] = []
-    results: list[dict[str, object]] = []
-    sparse, dense = parse_cases(args.decode), parse_cases(args.dense)
-    lengths = [int(x) for x in args.prefill.split(",") if x]
-    tokens = max([c * b + 1024 * b for c, b in sparse + dense] + lengths)
-    engine = make_engine(args, tokens)
-    with torch.inference_mode():
-        for is_dense, cases in ((False, sparse), (True, dense)):
-            for context, batch in cases:
-                ms = decode_ms(engine, context, batch, is_dense, args.steps, args.device)
-                name = "decode dense" if is_dense else "decode sparse"
-                rows.append((name, f"{context} x {batch}", f"{ms:.3f} ms"))
-                results.append({"what": name, "context": context, "batch": batch, "ms": ms})
-        for length in lengths:
-            prefill_s(engine, min(length, 4 * args.chunk), args.chunk, args.device)
-            seconds = prefill_s(engine, length, args.chunk, args.device)
-            rows.append(("prefill", length, f"{seconds:.3f} s"))
-            results.append({"what": "prefill", "context": length, "s": seconds})
+    parser.add_argument("--decode", type=cases, default=cases("2Kx1,8Kx2"), help="context x batch, ...")
+    parser.add_argument("--dense", type=cases, default=[], help="decode cases without a budget")
+    parser.add_argument("--sampled", type=cases, default=[], help="decode cases drawn with temperature 0.8, top_p 0.9")
+    parser.add_argument("--prefill", type=sizes, default=[4096])
+    parser.add_argument("--prefill-sparse", type=sizes, default=[], help="prefills with the block estimator")
+    parser.add_argument("--prefill-budget", type=float, default=0.25, help="share of the blocks that it keeps")
+    parser.add_argument("--chunk", type=size, default=2048)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--sweep-kv", default="", help="further kv_dtypes, for the cases of --sweep")
+    parser.add_argument("--sweep", type=cases, default=[])
+    parser.add_argument("--no-parts", dest="parts", action="store_false", help="times only")
+    parser.add_argument("--commit", default=None, help="where there is no git checkout")
+    parser.add_argument("--output", type=Path, help="JSON file, written after each case")
+    parser.add_argument("--write", action="store_true", help="the same, to benchmarks/results/engine.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    header = {
+        "benchmark": "engine",
+        **environment(args.commit),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "shape": args.shape,
+        "weights": args.weights,
+        "budget": args.token_budget,
+        "streaming": "half of the heads" if args.streaming else "none",
+        "chunk": args.chunk,
+    }
+    profiled = args.parts and args.device == "cuda"
+    report = Report(args.output or (RESULTS / "engine.json" if args.write else None), header)
+    model = random_model(args.shape, args.device, args.weights)
+
+    def build(kv_dtype: str, tokens: int, prefill_budget: float | None = None) -> Engine:
+        options = (args.chunk, args.token_budget, args.streaming, prefill_budget)
+        return random_engine(model, args.weights, kv_dtype, tokens + MAX_TOKENS, *options)
+
+    kinds = [("decode", args.decode), ("decode dense", args.dense), ("decode, top_p 0.9", args.sampled)]
+    engine = build(args.kv_dtype, max([_tokens(wanted) for _, wanted in kinds] + args.prefill))
+    for what, wanted in kinds:
+        options = (args.steps, profiled, what == "decode dense", SAMPLED if "top_p" in what else GREEDY)
+        for case in wanted:
+            report.measure(what, args.kv_dtype, case, decode, engine, *case, *options)
+    for length in args.prefill:
+        report.measure("prefill", args.kv_dtype, (length, 1), prefill, engine, length, args.chunk, profiled)
+    del engine
+    for length in args.prefill_sparse:
+        what = f"prefill, {args.prefill_budget * 100:.0f} % of blocks"
+        engine = build(args.kv_dtype, length, args.prefill_budget)
+        report.measure(what, args.kv_dtype, (length, 1), prefill, engine, length, args.chunk, profiled)
         del engine
-        for length in [int(x) for x in args.prefill_sparse.split(",") if x]:
-            engine = make_engine(args, length, sparse_from=0)
-            prefill_s(engine, min(length, 4 * args.chunk), args.chunk, args.device)
-            seconds = prefill_s(engine, length, args.chunk, args.device)
-            rows.append((f"prefill, estimator at {args.prefill_threshold}", length, f"{seconds:.3f} s"))
-            results.append({"what": "prefill sparse", "context": length, "s": seconds})
-            del engine
-    streaming = "half the heads streaming" if args.streaming else "no streaming heads"
-    print(f"{args.shape}, {args.weights} weights, {args.kv_dtype} pages, budget {args.token_budget}, {streaming}")
-    print_table(("what", "tokens", "time"), rows)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    settings = {"shape": args.shape, "weights": args.weights, "kv_dtype": args.kv_dtype, "budget": args.token_budget}
-    report(args.name, {"device": device, **settings, "streaming": args.streaming, "results": results}, args.write)
+    for kv_dtype in [name for name in args.sweep_kv.split(",") if name]:
+        engine = build(kv_dtype, _tokens(args.sweep))
+        for case in args.sweep:
+            report.measure("decode", kv_dtype, case, decode, engine, *case, args.steps, profiled, False, GREEDY)
+        del engine
+    report.print()
+    if report.failed:
+        raise SystemExit("a case failed")
 
 
 if __name__ == "__main__":

@@ -69,10 +69,20 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def environment(commit: str | None = None) -> dict[str, object]:
+    """What a result depends on besides the code: hardware and versions. commit: None asks git."""
+    return {
+        "commit": _commit() if commit is None else commit,
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+
+
 def report(name: str, results: dict[str, object], write: bool) -> None:
     """Prints one line of JSON with the hardware; writes it to benchmarks/results/ when asked to."""
-    hardware = {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "python": platform.python_version()}
-    line = json.dumps({"benchmark": name, "commit": _commit(), "torch": torch.__version__, **hardware, **results})
+    line = json.dumps({"benchmark": name, **environment(), **results})
     print(line)
     if write:
         RESULTS.mkdir(exist_ok=True)
