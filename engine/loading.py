@@ -24,10 +24,14 @@ class LoadedModel:
     sparsity: SparsityConfig
 
 
-def load(config: EngineConfig) -> LoadedModel:
-    """Loads everything that `config` names. Raises UnsupportedModelError, FormatMismatchError or SettingsError."""
+def load(config: EngineConfig, weights: LoadedModel | None = None) -> LoadedModel:
+    """Loads everything that `config` names. Raises UnsupportedModelError, FormatMismatchError or SettingsError.
+
+    weights: the same model, device, dtype and weight format, loaded before, to share its weights and tokenizer.
+    """
     dtype_name = config.compute_dtype or ("float32" if config.device == "cpu" else "bfloat16")
-    model = load_model(config.model, config.device, getattr(torch, dtype_name), config.weights)
+    dtype = getattr(torch, dtype_name)
+    model = load_model(config.model, config.device, dtype, config.weights) if weights is None else weights.model
     identity = fingerprint(config.model)
     sparsity = config.sparsity
     if sparsity.head_profile is None:
@@ -39,4 +43,5 @@ def load(config: EngineConfig) -> LoadedModel:
     page_format = make_page_format(
         model.config, config.cache, sparsity, profile.streaming, identity, config.weights, dtype_name
     )
-    return LoadedModel(model, Tokenizer.from_pretrained(config.model), page_format, sparsity)
+    tokenizer = Tokenizer.from_pretrained(config.model) if weights is None else weights.tokenizer
+    return LoadedModel(model, tokenizer, page_format, sparsity)
