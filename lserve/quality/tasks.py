@@ -6,6 +6,7 @@ can follow; each fact is said twice, since a model of 135M parameters does not r
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +17,9 @@ from .vocabulary import CITIES, COLOURS, FIRST_NAMES, GROUPS, JOBS, SURNAMES, TH
 
 RESERVED_TOKENS = 120
 """Room in the length for the chat template, the question and the reply."""
+
+QUOTED, CONTINUED = 8, 4
+"""Words of a sentence that are given, and words after them that the reply must have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ def multi_value(draw: random.Random, text: str, questions: int) -> Planted:
     """Every key has two values, in two places; the score is the share that the reply names."""
     items, cases = [], []
     words = iter(draw.sample(WORDS, 2 * questions))
-    for number, (depth, key) in enumerate(zip(_depths(draw, questions), draw.sample(SURNAMES, questions), strict=True)):
+    for number, (depth, key) in enumerate(zip(depths(draw, questions), draw.sample(SURNAMES, questions), strict=True)):
         values = next(words), next(words)
         items += [
             (at, fact(f"word on a card of Mr. {key}", word))
@@ -97,7 +101,7 @@ def people(draw: random.Random, text: str, questions: int) -> Planted:
     items, cases = [], []
     places = draw.sample(CITIES, questions)
     names = zip(draw.sample(FIRST_NAMES, questions), draw.sample(SURNAMES, questions), strict=True)
-    for number, (depth, (first, last)) in enumerate(zip(_depths(draw, questions), names, strict=True)):
+    for number, (depth, (first, last)) in enumerate(zip(depths(draw, questions), names, strict=True)):
         name, job, place = f"{first} {last}", draw.choice(JOBS), places[number]
         thing, colour = draw.choice(THINGS), draw.choice(COLOURS)
         items.append(
@@ -116,6 +120,22 @@ def people(draw: random.Random, text: str, questions: int) -> Planted:
     return Planted(tuple(items), tuple(cases))
 
 
+def quote(draw: random.Random, text: str, questions: int) -> Planted:
+    """The text's own sentences: how one goes on whose first words are given. Nothing is planted."""
+    words = list(re.finditer(r"\S+", text))
+    cases: list[Case] = []
+    for number, depth in enumerate(depths(draw, questions)):
+        for at in range(int(depth * len(words)), len(words) - QUOTED - CONTINUED):
+            chosen = [word.group() for word in words[at : at + QUOTED + CONTINUED]]
+            start = text[words[at].start() : words[at + QUOTED - 1].end()]
+            if all(word.isalpha() for word in chosen) and "\n\n" not in start and text.count(start) == 1:
+                question = f'Continue this sentence from the text, word for word: "{" ".join(chosen[:QUOTED])}'
+                answer = " ".join(chosen[QUOTED:])
+                cases.append(Case(f"quote-{number}", "quote", question, (answer,), words[at].start() / len(text)))
+                break
+    return Planted((), tuple(cases))
+
+
 def build_document(
     document_id: str,
     length: int,
@@ -129,30 +149,34 @@ def build_document(
 
     place: (number, of): which of so many evenly spaced passages. Same arguments, same document.
     """
-    draw = random.Random(f"{document_id} {length}")
     room = length - RESERVED_TOKENS
     text = passage(source, *place, room, measure.cut)
-    planted = [plan(draw, text, questions) for plan in plans]
-    items = [item for part in planted for item in part.items]
-    taken = measure.count("\n\n".join(paragraph for _, paragraph in items))
-    body = insert(measure.cut(text, max(room - taken, 0)), items)
-    return Document(document_id, length, body, tuple(case for part in planted for case in part.cases))
+
+    def planted() -> list[Planted]:
+        draw = random.Random(f"{document_id} {length}")
+        return [plan(draw, text, questions) for plan in plans]
+
+    paragraphs = [paragraph for part in planted() for _, paragraph in part.items]
+    text = measure.cut(text, max(room - measure.count("\n\n".join(paragraphs)), 0))
+    parts = planted()  # the same facts again, now that the text is as short as it will be
+    body = insert(text, [item for part in parts for item in part.items])
+    return Document(document_id, length, body, tuple(case for part in parts for case in part.cases))
 
 
 def _facts(task: str, draw: random.Random, pairs: Sequence[tuple[str, str]]) -> Planted:
     """(relation, value) pairs at depths that cover the document, each asked for."""
     items, cases = [], []
-    for number, (depth, (relation, value)) in enumerate(zip(_depths(draw, len(pairs)), pairs, strict=True)):
+    for number, (depth, (relation, value)) in enumerate(zip(depths(draw, len(pairs)), pairs, strict=True)):
         items.append((depth, fact(relation, value)))
         cases.append(Case(f"{task}-{number}", task, f"What is the {relation}?", (value,), depth))
     return Planted(tuple(items), tuple(cases))
 
 
-def _depths(draw: random.Random, count: int) -> list[float]:
+def depths(draw: random.Random, count: int) -> list[float]:
     """Evenly spread over the document, in any order."""
-    depths = [(i + 0.5) / count for i in range(count)]
-    draw.shuffle(depths)
-    return depths
+    spread = [(i + 0.5) / count for i in range(count)]
+    draw.shuffle(spread)
+    return spread
 
 
 def _numbers(draw: random.Random, count: int) -> list[str]:

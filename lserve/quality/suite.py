@@ -1,0 +1,141 @@
+"""Runs documents x askers, so that it can be interrupted and taken up again. No torch."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lserve.engine.errors import SettingsError
+
+from .asker import Asker
+from .cases import Document, score
+from .registry import TASKS
+from .tasks import build_document
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """What is asked.
+
+    layouts: names of tasks that share documents; every layout gets `documents` documents of each length, with
+    `questions` questions of each of its tasks.
+    """
+
+    lengths: tuple[int, ...]
+    layouts: tuple[tuple[str, ...], ...]
+    documents: int = 10
+    questions: int = 10
+    seed: int = 0
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in all."""
+        return len(self.lengths) * len(self.layouts) * self.documents
+
+    def document_ids(self) -> Iterator[tuple[str, int, int, int]]:
+        """(document id, length, layout, number), those of one number together, so that a part is a fair sample."""
+        for number in range(self.documents):
+            for length in self.lengths:
+                for layout in range(len(self.layouts)):
+                    yield f"{self.seed}.{layout}.{number}.{length}", length, layout, number
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How one case went for one asker."""
+
+    arm: str
+    task: str
+    length: int
+    document_id: str
+    case_id: str
+    depth: float | None
+    score: float
+    reply: str
+    error: str | None = None
+
+
+class State:
+    """What has been done, in a file of JSON lines: the run's identity first, then one line a piece of work.
+
+    Without a path nothing is kept. Raises SettingsError when the file belongs to another run, naming what differs.
+    """
+
+    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
+        self._path, self._done = path, dict[str, Any]()
+        if path is None:
+            return
+        identity = json.loads(json.dumps(identity))
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            if not lines:
+                path.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+                return
+            before = json.loads(lines[0])
+            for line in lines[1:]:
+                self._done.update([json.loads(line)])
+        except OSError as error:
+            raise SettingsError(f"cannot use {path} to keep the state: {error.strerror}") from None
+        except (ValueError, TypeError):
+            raise SettingsError(f"{path} is not a state file of lserve eval, or is damaged: remove it") from None
+        for name in identity.keys() | before.keys():
+            if identity.get(name) != before.get(name):
+                was, now = before.get(name), identity.get(name)
+                raise SettingsError(f"{path} belongs to another run: {name} was {was!r}, is {now!r}; remove it")
+
+    def get(self, key: str) -> Any:
+        """What the piece of work gave; None when it was not done."""
+        return self._done.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Keeps what a piece of work gave."""
+        self._done[key] = value
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([key, value]) + "\n")
+
+
+def run_suite(
+    design: Design, askers: Sequence[Asker], source: str, state: State, tell: Tell, done: Callable[[], None]
+) -> list[Result]:
+    """Asks every case of every asker. done is called after each asker's share of a document, tell gets warnings.
+
+    A document that an asker cannot read (too long, say) is left out for all of them, with a warning.
+    """
+    results: list[Result] = []
+    for document_id, length, layout, number in design.document_ids():
+        keys = {asker.name: f"{document_id}/{asker.name}" for asker in askers}
+        rows = {name: state.get(key) for name, key in keys.items()}
+        if None in rows.values():
+            plans = [TASKS[task] for task in design.layouts[layout]]
+            place = number * len(design.layouts) + layout, design.documents * len(design.layouts)
+            document = build_document(document_id, length, plans, design.questions, source, place, askers[0])
+            for asker in askers:
+                if rows[asker.name] is None:
+                    rows[asker.name] = _ask(asker, document, tell)
+                    state.put(keys[asker.name], rows[asker.name])
+                done()
+        else:
+            for _ in askers:
+                done()
+        if all(rows.values()):
+            results += [Result(**row) for part in rows.values() for row in part]
+    return results
+
+
+def _ask(asker: Asker, document: Document, tell: Tell) -> list[dict[str, Any]]:
+    primed = asker.prime(document)
+    if primed.error is not None:
+        tell(f"{asker.name}: a document of {document.length} tokens is left out: {primed.error}")
+        return []
+    rows = []
+    for case, reply in zip(document.cases, asker.ask(document, document.cases), strict=True):
+        if reply.error is not None:
+            tell(f"{asker.name}: a question counts as wrong: {reply.error}")
+        points = 0.0 if reply.error is not None else score(case, reply.text)
+        place = asker.name, case.task, document.length, document.document_id, case.case_id, case.depth
+        rows.append(asdict(Result(*place, points, reply.text, reply.error)))
+    return rows
