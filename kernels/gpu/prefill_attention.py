@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..upload import upload
 from ..views import BlockLists, LayerView, PrefillBatch
 
 LOG2_E = 1.4426950408889634
@@ -173,8 +174,7 @@ def _query_tiles(
             tiles.append((start + row, first + row, length - row, scratch, len(tiles)))
         first += length
     tiles.sort(key=lambda tile: -tile[0])
-    table = torch.tensor(tiles, dtype=torch.int32).view(-1, 5)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    return upload(tiles, torch.int32, device).view(-1, 5)
 
 
 def list_arguments(lists: BlockLists | None, unused: torch.Tensor) -> tuple[torch.Tensor, int, int, torch.Tensor, int]:

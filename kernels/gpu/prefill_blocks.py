@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..cpu.prefill_blocks import BLOCK, STRIDE, kept_quota
+from ..upload import upload
 from ..views import BlockLists, LayerView, PrefillBatch
 from .prefill_attention import LOG2_E
 
@@ -141,10 +142,7 @@ def _tables(
         rows += [(start + block * BLOCK, min(BLOCK, length - block * BLOCK)) for block in range(num_blocks)]
         first_group += num_blocks * PER_BLOCK
     table = [(*row, quota) for row, quota in zip(rows, quotas, strict=True)]
-    host = torch.tensor(tiles, dtype=torch.int32).view(-1, 4), torch.tensor(table, dtype=torch.int32)
-    if device.type != "cuda":
-        return host
-    return host[0].pin_memory().to(device, non_blocking=True), host[1].pin_memory().to(device, non_blocking=True)
+    return upload(tiles, torch.int32, device).view(-1, 4), upload(table, torch.int32, device)
 
 
 def score_shape(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
