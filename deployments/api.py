@@ -23,6 +23,7 @@ from lserve.engine.request import Output
 from .protocol import DetokenizeBody, Generation, TokenizeBody, message_pairs, parse, parse_chat, parse_completion
 from .responses import DONE, ChatShape, CompletionShape, Head, Shape, error_body, event, joined
 from .router import Answer, RouterCore
+from .traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -125,9 +126,9 @@ class Api:
         request_id = request.scope["state"]["request_id"]
         head = Head(f"{prefix}-{request_id}", int(time.time()), self._core.settings.served_name)
         logprobs = generation.sampling.logprobs is not None
-        return GenerationResponse(
-            self._core, generation, tenant, shape(head, self._core.tokenizer, logprobs, generation.include_usage)
-        )
+        traces = Traces() if generation.attention.trace else None
+        body = shape(head, self._core.tokenizer, logprobs, generation.include_usage, traces)
+        return GenerationResponse(self._core, generation, tenant, body, traces)
 
     async def _models(self, request: Request, tenant: str) -> Response:
         return JSONResponse({"object": "list", "data": [await self._model_card()]})
@@ -187,8 +188,11 @@ class GenerationResponse(Response):
     The status line waits for the first output, so that everything that fails before it gets its proper status.
     """
 
-    def __init__(self, core: RouterCore, generation: Generation, tenant: str, shape: Shape) -> None:
+    def __init__(
+        self, core: RouterCore, generation: Generation, tenant: str, shape: Shape, traces: Traces | None = None
+    ) -> None:
         self._core, self._generation, self._tenant, self._shape = core, generation, tenant, shape
+        self._traces = traces
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -200,6 +204,8 @@ class GenerationResponse(Response):
             answer = await self._core.start(self._generation, self._tenant)
             async with aclosing(answer.stream()) as batches:
                 first = await anext(batches, None)
+                if self._traces is not None:
+                    await self._traces.locate(self._generation, answer.requests, self._core.tokenizer)
                 if self._generation.stream:
                     await self._stream(answer, first or [], batches, send)
                     return

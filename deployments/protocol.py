@@ -123,10 +123,11 @@ class StreamOptions(_Body):
 
 
 class LServeOptions(_Body):
-    """The `lserve` object: how much attention this request pays for."""
+    """The `lserve` object: how much attention this request pays for, and whether to say what was read."""
 
     token_budget: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     dense: bool = False
+    trace: bool = False
 
 
 class _Generation(_Body):
@@ -183,7 +184,7 @@ class _Generation(_Body):
     def attention(self) -> AttentionOptions:
         """The `lserve` object as the engine takes it."""
         options = self.lserve or LServeOptions()
-        return AttentionOptions(options.token_budget, options.dense)
+        return AttentionOptions(options.token_budget, options.dense, options.trace)
 
 
 class ChatBody(_Generation):

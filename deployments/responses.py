@@ -16,6 +16,8 @@ from lserve.engine.errors import (
 )
 from lserve.engine.request import Output, TokenLogprob
 
+from .traces import Traces
+
 Json = dict[str, Any]
 
 _CODES: dict[type[LServeError], str] = {
@@ -79,8 +81,10 @@ class Shape(Protocol):
 class ChatShape:
     """chat.completion and chat.completion.chunk."""
 
-    def __init__(self, head: Head, tokenizer: TokenBytes, logprobs: bool, include_usage: bool) -> None:
-        self._head, self._tokenizer, self._logprobs = head, tokenizer, logprobs
+    def __init__(
+        self, head: Head, tokenizer: TokenBytes, logprobs: bool, include_usage: bool, traces: Traces | None = None
+    ) -> None:
+        self._head, self._tokenizer, self._logprobs, self._traces = head, tokenizer, logprobs, traces
         self._usage_field: Json = {"usage": None} if include_usage else {}
 
     def whole(self, outputs: Sequence[Output], usage: Usage) -> Json:
@@ -91,7 +95,7 @@ class ChatShape:
                 "message": {"role": "assistant", "content": output.text, "refusal": None},
                 "logprobs": self._logprobs_of(output),
                 "finish_reason": output.finish_reason,
-                **_stop_reason(output),
+                **_extras(output, self._traces),
             }
             for output in outputs
         ]
@@ -105,7 +109,8 @@ class ChatShape:
     def piece(self, output: Output) -> Json:
         """New text of one choice."""
         delta = {"content": output.text} if output.text or output.finish_reason is None else {}
-        choice = {"index": output.choice, "delta": delta, "finish_reason": output.finish_reason, **_stop_reason(output)}
+        choice = {"index": output.choice, "delta": delta, "finish_reason": output.finish_reason}
+        choice |= _extras(output, self._traces)
         if self._logprobs:
             choice["logprobs"] = self._logprobs_of(output)
         return self._chunk(choice)
@@ -134,8 +139,10 @@ class ChatShape:
 class CompletionShape:
     """text_completion, whole and in pieces."""
 
-    def __init__(self, head: Head, tokenizer: TokenBytes, logprobs: bool, include_usage: bool) -> None:
-        self._head, self._tokenizer, self._logprobs = head, tokenizer, logprobs
+    def __init__(
+        self, head: Head, tokenizer: TokenBytes, logprobs: bool, include_usage: bool, traces: Traces | None = None
+    ) -> None:
+        self._head, self._tokenizer, self._logprobs, self._traces = head, tokenizer, logprobs, traces
         self._usage_field: Json = {"usage": None} if include_usage else {}
         self._offsets: defaultdict[int, int] = defaultdict(int)
 
@@ -162,7 +169,7 @@ class CompletionShape:
             "text": output.text,
             "logprobs": self._logprobs_of(output) if self._logprobs else None,
             "finish_reason": output.finish_reason,
-            **_stop_reason(output),
+            **_extras(output, self._traces),
         }
 
     def _logprobs_of(self, output: Output) -> Json:
@@ -197,6 +204,7 @@ def _join(group: Sequence[Output]) -> Output:
         text="".join(output.text for output in group),
         logprobs=tuple(entry for output in group for entry in output.logprobs),
         num_cached_tokens=max(output.num_cached_tokens for output in group),
+        trace=tuple(choice for output in group for choice in output.trace),
     )
 
 
@@ -218,8 +226,10 @@ def _head(head: Head, kind: str) -> Json:
     return {"id": head.answer_id, "object": kind, "created": head.created, "model": head.model}
 
 
-def _stop_reason(output: Output) -> Json:
-    return {} if output.stop_reason is None else {"stop_reason": output.stop_reason}
+def _extras(output: Output, traces: Traces | None) -> Json:
+    """What a choice has beside OpenAI's fields."""
+    reason: Json = {} if output.stop_reason is None else {"stop_reason": output.stop_reason}
+    return reason if traces is None else {**reason, **traces.field(output)}
 
 
 def _finite(logprob: float) -> float:

@@ -60,6 +60,12 @@ class Tokenizer(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text."""
 
+    def chat_text(self, messages: Sequence[tuple[str, str]]) -> str:
+        """The text that `encode_chat` encodes."""
+
+    def token_starts(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """For each of `encode`'s tokens, the index of its first character in the text."""
+
 
 class RouterCore:
     """Authenticates, tokenizes, admits, and answers from the pool, replaying where a worker was lost."""

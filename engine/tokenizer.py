@@ -62,6 +62,11 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def token_starts(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """For each of `encode`'s tokens, the index of its first character in the text."""
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return [start for start, _ in encoding.offsets]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of token ids; special tokens are left out, bytes that are no whole character become U+FFFD."""
         text: str = self._backend.decode(token_ids, skip_special_tokens=True)
@@ -92,12 +97,20 @@ class Tokenizer:
         messages, tools: as in OpenAI's API, with string contents. The template runs in a sandbox. Raises
         InvalidRequestError with the template's own words when it refuses the messages, or when there is no template.
         """
+        return self.encode(self._rendered(messages, add_generation_prompt, tools), add_special_tokens=False)
+
+    def _rendered(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         from jinja2 import TemplateError
 
         if not self.has_chat_template:
             raise InvalidRequestError("the model has no chat template: use /v1/completions", param="messages")
         try:
-            text = self._tokenizer.apply_chat_template(
+            text: str = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 add_generation_prompt=add_generation_prompt,
@@ -106,11 +119,15 @@ class Tokenizer:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InvalidRequestError(f"the chat template refused the messages: {reason}", param="messages") from error
-        return self.encode(text, add_special_tokens=False)
+        return text
+
+    def chat_text(self, messages: Sequence[tuple[str, str]]) -> str:
+        """The text of (role, text) messages in the template, ready for the answer."""
+        return self._rendered([{"role": role, "content": text} for role, text in messages])
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """`apply_chat_template` for (role, text) messages."""
-        return self.apply_chat_template([{"role": role, "content": text} for role, text in messages])
+        return self.encode(self.chat_text(messages), add_special_tokens=False)
 
 
 def _from_directory(directory: Path) -> Any:

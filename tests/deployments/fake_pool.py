@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from lserve.deployments.messages import PrefixHint, WorkerInfo
 from lserve.deployments.pool import WorkerGoneError
-from lserve.engine.request import FinishReason, Output, Request, TokenLogprob
+from lserve.engine.request import FinishReason, Output, PageChoice, Request, TokenLogprob
 
 MAX_MODEL_LEN = 4096
 
@@ -67,6 +67,8 @@ class FakePool:
         if request.sampling.logprobs is not None:
             top = tuple((token + i, -0.5 - i) for i in range(request.sampling.logprobs))
             output = replace(output, logprobs=(TokenLogprob(token, -0.5, top),))
+        if request.attention.trace and position and position % 4 == 0:
+            output = replace(output, trace=(page_choice(position),))
         if last_byte:
             return replace(output, finish_reason=FinishReason.STOP)
         return replace(output, finish_reason=FinishReason.LENGTH if last_token else None)
@@ -80,6 +82,11 @@ class FakePool:
         return self.is_ready
 
 
+def page_choice(token: int) -> PageChoice:
+    """What a traced answer's token is said to have read."""
+    return PageChoice(token, 2, 6, read=((1, 6), (0, 4)), mass_kept=0.98765, num_sampled=2, attended=((1, 0.5),))
+
+
 class ByteTokenizer:
     """One token per UTF-8 byte."""
 
@@ -90,8 +97,16 @@ class ByteTokenizer:
         return list(text.encode())
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
-        """Roles and texts, a line each."""
-        return self.encode("".join(f"{role}: {text}\n" for role, text in messages))
+        """Of `chat_text`."""
+        return self.encode(self.chat_text(messages))
+
+    def chat_text(self, messages: Sequence[tuple[str, str]]) -> str:
+        """Roles and texts, a line each; texts are stripped, as many templates do."""
+        return "".join(f"{role}: {text.strip()}\n" for role, text in messages)
+
+    def token_starts(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The character of each byte."""
+        return [index for index, character in enumerate(text) for _ in character.encode()]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the bytes."""
