@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import DEVICES
 from tiny_engines import assert_idle, request, run
 
 from lserve.engine.config import CacheConfig, EngineConfig, SchedulerConfig, SparsityConfig
@@ -32,11 +33,13 @@ def english() -> str:
     return "\n\n".join(texts)
 
 
-@pytest.fixture(scope="module")
-def engine(demo_model_path: Path) -> Iterator[Engine]:
+@pytest.fixture(scope="module", params=DEVICES)
+def engine(demo_model_path: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     """An engine that reads everything, over float32 pages, with a chunk that splits the long prompts."""
     config = EngineConfig(
         str(demo_model_path),
+        device=request.param,
+        compute_dtype="float32",
         cache=CacheConfig(kv_dtype="float32", prefix_cache=False),
         sparsity=SparsityConfig(token_budget=None),
         scheduler=SchedulerConfig(chunk_size=1024, max_batch_size=32),

@@ -4,6 +4,7 @@ import pydoc_data.topics
 from pathlib import Path
 
 import pytest
+from devices import DEVICES
 
 from lserve.engine.config import CacheConfig, EngineConfig, SchedulerConfig, SparsityConfig
 from lserve.engine.engine import Engine
@@ -48,10 +49,12 @@ def answer(engine: Engine, prompt: list[int], dense: bool) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_hidden_numbers_are_found_within_a_budget_of_1024_tokens(demo_model_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_hidden_numbers_are_found_within_a_budget_of_1024_tokens(demo_model_path: Path, device: str) -> None:
     config = EngineConfig(
         str(demo_model_path),
-        cache=CacheConfig(kv_dtype="int4"),
+        device=device,
+        cache=CacheConfig(kv_dtype="int4", retrieval_pool_bytes=1 << 30),
         sparsity=SparsityConfig(token_budget=BUDGET),
         scheduler=SchedulerConfig(max_batch_size=2),
     )
