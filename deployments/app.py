@@ -21,6 +21,9 @@ DRAIN_CHECK_S = 0.2
 """How often a replica that is shut down looks whether its calls have ended."""
 
 
+LEAVE_S = 5.0
+"""What a worker has after `drain_s`, for pages that Redis lacks."""
+
 LOOK_BACK_S = 15.0
 """Over which a worker's numbers are averaged for autoscaling; they cover half a minute themselves."""
 
@@ -54,7 +57,7 @@ def _deployment(kind: type, role: WorkerResources) -> serve.Deployment:
         **_replicas(role),
         ray_actor_options={"num_cpus": role.num_cpus, "num_gpus": role.num_gpus, "resources": dict(role.resources)},
         max_ongoing_requests=UNLIMITED,
-        graceful_shutdown_timeout_s=role.drain_s,
+        graceful_shutdown_timeout_s=role.drain_s + LEAVE_S,
         graceful_shutdown_wait_loop_s=DRAIN_CHECK_S,
     )
 

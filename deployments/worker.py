@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lserve.engine.config import PAGE_SIZE, RESUME_INTERVAL
 from lserve.engine.engine import Engine
 from lserve.engine.errors import CapacityError, WorkerLostError
 from lserve.engine.loading import LoadedModel, load
+from lserve.engine.prefix_index import PrefixIndex
 from lserve.engine.prefix_store import PrefixStore
 from lserve.engine.results import EngineLoad, Reservation, StepResult, WrittenPages
 from lserve.engine.sealed_page import PageKey
@@ -28,6 +30,9 @@ from .worker_stats import StatsWindow
 logger = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 1.0
+PUBLISH_BATCH = 16
+PUBLISH_S = 2.0
+"""What a worker that leaves has for Redis, once its requests have taken all of `drain_s`."""
 
 
 class Worker:
@@ -214,6 +219,33 @@ class Worker:
         if not task.cancelled() and task.exception() is not None:
             logger.error("background work failed: %s", task.exception(), exc_info=task.exception())
 
+    async def publish_rest(self, deadline: float) -> None:
+        """Writes to Redis what this worker's prefix cache holds and Redis does not, until the deadline (monotonic).
+
+        Pages are written as they are computed, but dropped while too many wait or Redis is down.
+        """
+        index = self.engine.index
+        if self.store is None or index is None or self.loop.failure is not None:
+            return
+        keys = await self.loop.call(lambda e: index.keys())
+        limit = time.monotonic() + PUBLISH_S
+        while (missing := await self.store.missing(keys)) is None:
+            if time.monotonic() > limit:
+                return
+            await asyncio.sleep(0.1)
+        for start in range(0, len(missing), PUBLISH_BATCH):
+            while not self.store.has_room:
+                if time.monotonic() > deadline:
+                    return
+                await asyncio.sleep(0.02)
+            if time.monotonic() > deadline:
+                return
+            batch = missing[start : start + PUBLISH_BATCH]
+            self.store.put_pages(await self.loop.call(partial(_kept_pages, index, batch)))
+        await asyncio.to_thread(self.store.flush, max(deadline - time.monotonic(), 0.0))
+        if missing and self.directory is not None:
+            await self.directory.publish(await self.loop.call(lambda e: index.resume_points()), self.worker_id)
+
     async def close(self) -> None:
         """Waits for what is still held, at most `drain_s`; then stops the engine's thread and the connections."""
         deadline = time.monotonic() + self._drain_s
@@ -222,6 +254,7 @@ class Worker:
             if not (self._tasks or load.leases or load.running or load.waiting):
                 break
             await asyncio.sleep(0.02)
+        await self.publish_rest(max(deadline, time.monotonic() + PUBLISH_S))
         for task in (self._reporting, *self._tasks):
             task.cancel()
         await asyncio.to_thread(self.loop.stop)
@@ -231,6 +264,18 @@ class Worker:
         if self.store is not None and self.directory is not None:
             await asyncio.to_thread(self.store.close)
             await self.directory.close()
+
+
+def _kept_pages(index: PrefixIndex, keys: Sequence[PageKey], engine: Engine) -> list[tuple[PageKey, memoryview]]:
+    """Copies of those pages that are still kept under these keys; between steps, so that nothing overwrites them."""
+    kept = [(key, page) for key in keys if (page := index.page(key)) is not None]
+    copies: list[tuple[PageKey, memoryview]] = []
+    for pool in ("retrieval", "streaming"):
+        ours = [(key, page) for key, page in kept if key.head_class == pool]
+        if ours:
+            data = engine.cache.export(pool, [page for _, page in ours]).numpy()
+            copies += [(key, memoryview(row)) for (key, _), row in zip(ours, data, strict=True)]
+    return copies
 
 
 def _tensor(pages: Sequence[memoryview]) -> torch.Tensor:

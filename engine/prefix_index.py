@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import BLOCK_SIZE, PAGE_SIZE
+from .config import BLOCK_SIZE, PAGE_SIZE, RESUME_INTERVAL
 from .page_pool import PagePool
 from .residency import Residency, last_resume_point
+from .sealed_page import PageKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,41 @@ class PrefixIndex:
     def num_streaming_pages(self) -> int:
         """Streaming pages in the index."""
         return len(self._streaming)
+
+    def keys(self) -> list[PageKey]:
+        """Everything that is kept, the most recently used first, each chain from its start on."""
+        retrieval = [PageKey(chain_hash, "retrieval") for chain_hash in reversed(self._retrieval)]
+        return retrieval + [PageKey(chain_hash, "streaming") for chain_hash in reversed(self._streaming)]
+
+    def resume_points(self) -> list[tuple[int, bytes]]:
+        """(tokens, chain hash) where prompts that begin with what is kept may be taken up; retrieval heads only."""
+        lengths: dict[bytes, int] = {}
+        for chain_hash in self._retrieval:
+            path = []
+            link: bytes | None = chain_hash
+            while link is not None and link not in lengths:
+                path.append(link)
+                link = self._retrieval[link].parent
+            length = 0 if link is None else lengths[link]
+            for link in reversed(path):
+                length += PAGE_SIZE
+                lengths[link] = length
+        points = {h: n for h, n in lengths.items() if n % RESUME_INTERVAL == 0}
+        for chain_hash, entry in self._retrieval.items():
+            if entry.num_children == 0:  # the last multiples of 128; a prompt's last token is computed in any case
+                link = chain_hash
+                for _ in range(2 * BLOCK_SIZE // PAGE_SIZE):
+                    if link is not None:
+                        points |= {link: lengths[link]} if lengths[link] % BLOCK_SIZE == 0 else {}
+                        link = self._retrieval[link].parent
+        return [(tokens, chain_hash) for chain_hash, tokens in points.items()]
+
+    def page(self, key: PageKey) -> int | None:
+        """The page that is kept under a key; None when it is not (any more)."""
+        if key.head_class == "streaming":
+            return self._streaming.get(key.chain_hash)
+        entry = self._retrieval.get(key.chain_hash)
+        return None if entry is None else entry.page
 
     def match(self, hashes: Sequence[bytes], prompt_length: int) -> int:
         """How many tokens `lookup` would return; takes no references and changes nothing."""

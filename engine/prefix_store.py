@@ -134,6 +134,13 @@ class PrefixStore:
             self._counters.unavailable += (len(keys) - len(pages)) * unavailable
         return pages
 
+    async def missing(self, keys: Sequence[PageKey]) -> list[PageKey] | None:
+        """Those that Redis does not hold; None while it does not answer. Never raises."""
+        try:
+            return await asyncio.wrap_future(self._readers.submit(self._missing, keys))
+        except RuntimeError:
+            return None  # closed
+
     def put_pages(self, pages: Iterable[tuple[PageKey, bytes | memoryview]]) -> None:
         """Write pages in the background; returns at once. The buffers must not change any more."""
         with self._changed:
@@ -164,6 +171,21 @@ class PrefixStore:
 
     def _name(self, key: PageKey) -> str:
         return f"{self._prefix}{key.chain_hash.hex()}:{key.letter}"
+
+    def _missing(self, keys: Sequence[PageKey]) -> list[PageKey] | None:
+        """On a reader."""
+        if not self._reads.allows():
+            return None
+        try:
+            with self._reader.pipeline(transaction=False) as pipeline:
+                for key in keys:
+                    pipeline.exists(self._name(key))
+                found = pipeline.execute()
+        except Exception as error:  # whatever a broken or foreign server provokes is an outage
+            self._reads.failed(_one_line(error))
+            return None
+        self._reads.succeeded()
+        return [key for key, is_there in zip(keys, found, strict=True) if not is_there]
 
     async def _wait(self, fetch: _Fetch) -> bool:
         """Run a fetch on a reader; False if Redis failed or the bounded wait ended first."""

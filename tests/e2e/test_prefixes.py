@@ -1,5 +1,6 @@
 """Prefixes from the worker's pool and from Redis: hits where they belong, misses elsewhere, the same answers always."""
 
+import asyncio
 import os
 import signal
 import time
@@ -174,4 +175,19 @@ async def test_a_redis_that_pauses_or_dies_costs_misses_only(tiny_model: Path, v
         assert after.num_cached_tokens == LAST_RESUME_POINT and after.token_ids == first.token_ids
         other = await hinted(pair, request(prompt(1500, seed=9)))
         assert other.num_cached_tokens == 0
+        await pair.idle()
+
+
+async def test_a_worker_that_leaves_hands_redis_what_it_lacks(tiny_model: Path, valkey: EmbeddedValkey) -> None:
+    """An outage, or a Redis that was replaced, loses nothing that workers still have when they are scaled down."""
+    async with cluster(tiny_model, redis=valkey.url) as pair:
+        first = await hinted(pair, again(ASKED))
+        with redis.Redis.from_url(valkey.url) as client:
+            store = pair.prefill._worker.store
+            assert store is not None and await asyncio.to_thread(store.flush, 10.0)
+            assert client.dbsize() > 50
+            client.flushall()
+    async with cluster(tiny_model, redis=valkey.url) as pair:
+        second = await hinted(pair, again(ASKED))
+        assert second.num_cached_tokens == LAST_RESUME_POINT and second.token_ids == first.token_ids
         await pair.idle()
