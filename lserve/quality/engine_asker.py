@@ -32,7 +32,7 @@ class EngineAsker:
         sparsity: SparsityConfig | None = None,
     ) -> None:
         self.name, self.engine = name, engine
-        self._attention = attention or AttentionOptions()
+        self.attention = attention or AttentionOptions()
         own = engine.config.sparsity
         self._sparsity = sparsity and replace(
             own,
@@ -72,8 +72,7 @@ class EngineAsker:
 
     def answer(self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]) -> list[Reply]:
         """Greedy replies to prompts of token ids. What an engine refuses becomes a reply with its error."""
-        if self._sparsity is not None:
-            self.engine.runner.sparsity = self._sparsity
+        self.select()
         started = time.perf_counter()
         replies: dict[str, Reply] = {}
         for prompt, limit in zip(prompts, max_tokens, strict=True):
@@ -81,7 +80,7 @@ class EngineAsker:
             replies[request_id] = Reply("", len(prompt))
             params = SamplingParams(temperature=0, max_tokens=limit)
             try:
-                self.engine.add_request(Request(request_id, tuple(prompt), params, self._attention))
+                self.engine.add_request(Request(request_id, tuple(prompt), params, self.attention))
             except LServeError as refused:
                 replies[request_id] = Reply("", len(prompt), error=refused.message)
         try:
@@ -103,6 +102,11 @@ class EngineAsker:
             for request_id in replies:
                 self.engine.abort(request_id)
         return list(replies.values())
+
+    def select(self) -> None:
+        """Makes the idle engine select pages as this asker's sparsity says."""
+        if self._sparsity is not None:
+            self.engine.runner.sparsity = self._sparsity
 
     def close(self) -> None:
         """Forgets the engine's prefix pages."""
