@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     design = Design(options.lengths, layouts(tasks), options.documents, options.questions, options.seed)
     source = load_text(options.data)
     _check(options, gates, console)
-    engines: list["EngineAsker"] = []
+    engines: list[EngineAsker] = []
     if options.url:
         askers, settings = _endpoints(options)
     else:
@@ -183,8 +183,8 @@ def _endpoints(options: argparse.Namespace) -> tuple[list[Asker], dict[str, Any]
     budgets = [
         HttpAsker(f"budget {budget}", options.url, {"token_budget": budget}, api_key=key) for budget in options.budgets
     ]
-    askers: list[Asker] = [baseline, sparse, *budgets]
-    return askers, {asker.name: {"url": asker.url, "model": asker.model} for asker in askers}
+    askers = [baseline, sparse, *budgets]
+    return list(askers), {asker.name: {"url": asker.url, "model": asker.model} for asker in askers}
 
 
 def _finish(

@@ -56,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     up.add_command(commands)
     eval.add_command(commands)
-    eval.add_command(commands)
     status.add_command(commands)
     redis_node.add_command(commands)
     drain.add_command(commands)
