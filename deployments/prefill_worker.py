@@ -10,7 +10,7 @@ from lserve.engine.request import Request
 from lserve.engine.results import ChunkReady, EngineLoad
 
 from .engine_loop import Subscription
-from .messages import LeaseCall, PrefillRequest, PrefillStarted, WorkerInfo
+from .messages import LeaseCall, PrefillLoad, PrefillRequest, PrefillStarted, WorkerInfo
 from .metrics import Metrics, ServeInstrument
 from .replica_logging import log_to_stderr
 from .routing import own_worker_id
@@ -42,7 +42,10 @@ class PrefillWorker:
         leases: list[tuple[int, int]] = []
         done = False
         try:
-            started = await self._start(request, message, events)
+            started, cached = await self._start(request, message, events)
+            if cached is not None:  # it is pulled while the rest is computed
+                leases.append((cached.lease_id, cached.generation))
+                yield cached
             while True:
                 chunk = await events.next()
                 assert isinstance(chunk, ChunkReady), chunk
@@ -71,6 +74,11 @@ class PrefillWorker:
         ttl_s = self._worker.settings.prefill.lease_s
         return await self._worker.loop.call(lambda e: [e.leases.extend(*lease, ttl_s) for lease in call.leases])
 
+    async def load(self) -> PrefillLoad:
+        """How much this worker has to do."""
+        load = await self._worker.load()
+        return PrefillLoad(self._worker.worker_id, load.queued_tokens + load.head_tokens)
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """For the autoscaling policy; Ray Serve asks by this name."""
         return await self._worker.autoscaling_stats()
@@ -91,23 +99,26 @@ class PrefillWorker:
         """Drains and stops."""
         await self._worker.close()
 
-    async def _start(self, request: Request, message: PrefillRequest, events: Subscription) -> float:
-        """Queues the request and gets it going; returns when its prefill began, in monotonic seconds."""
+    async def _start(
+        self, request: Request, message: PrefillRequest, events: Subscription
+    ) -> tuple[float, ChunkReady | None]:
+        """Queues the request and gets it going; returns when its prefill began, in monotonic seconds, and what of it
+        was cached, when the decode worker lacks that.
+        """
         worker, asked = self._worker, time.monotonic()
-        hold = worker.store is not None and message.known_tokens > message.have_tokens
         await worker.loop.call(
-            lambda e: e.add_request(request, prefill_only=True, hold=hold, have_tokens=message.have_tokens)
+            lambda e: e.add_request(request, prefill_only=True, hold=True, have_tokens=message.have_tokens)
         )
         reservation = await events.reservation()
         assert reservation is not None
         worker.metrics.queue.record(reservation.admitted_at - asked)
         worker.stats.note_wait(reservation.admitted_at - asked)
         own = cached = reservation.num_cached_tokens
-        if hold:
+        if message.known_tokens > message.have_tokens:
             cached = await worker.fetch_prefix(reservation, message.known_tokens)
-            await worker.loop.call(lambda e: e.begin_prefill(request.request_id, cached))
+        announced = await worker.loop.call(lambda e: e.begin_prefill(request.request_id, cached))
         worker.count_prefix(len(request.input_token_ids), own, cached)
-        return reservation.admitted_at
+        return reservation.admitted_at, announced
 
     async def _until_ended(self, leases: Sequence[tuple[int, int]]) -> None:
         """Waits until every one of these leases was released or has run out."""

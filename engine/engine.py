@@ -29,7 +29,7 @@ from .publisher import PagePublisher
 from .request import Output, PageChoice, Request, SampledToken, SamplingParams
 from .request_check import check_request
 from .residency import Residency
-from .results import EngineLoad, Reservation, StepResult
+from .results import ChunkReady, EngineLoad, Reservation, StepResult
 from .runner import Runner
 from .sampling import SamplingRow, TokenHistory, sample
 from .scheduler import Scheduler
@@ -106,7 +106,6 @@ class Engine:
         self._live: dict[str, list[Sequence]] = {}
         self._detokenizers: dict[Sequence, Detokenizer] = {}
         self._histories: dict[Sequence, TokenHistory] = {}
-        self._have_tokens: dict[str, int] = {}
         self._pending: list[Output] = []
 
     @classmethod
@@ -142,7 +141,7 @@ class Engine:
         lead = Sequence(request, request.choice, list(tokens), len(tokens), num_forks=request.sampling.n - 1)
         if self.index is not None:
             lead.chain = chain_hashes(root, tokens)
-        lead.prefill_only, lead.hold = prefill_only, hold
+        lead.prefill_only, lead.hold, lead.num_announced = prefill_only, hold, have_tokens
         if request.emitted and not prefill_only:
             detokenizer = self._detokenizer(lead)
             if detokenizer.finish_reason is not None:
@@ -152,14 +151,12 @@ class Engine:
                 return
         self.scheduler.add(lead)
         self._live[request.request_id] = [lead]
-        self._have_tokens[request.request_id] = have_tokens
 
     def abort(self, request_id: str) -> bool:
         """Drops a request and all it holds (its leases live on). False when it is not here (any more)."""
         sequences = self._live.pop(request_id, None)
         for sequence in sequences or ():
             self._finish(sequence)
-        self._have_tokens.pop(request_id, None)
         return sequences is not None
 
     def reserve_window(self, request_id: str, num_tokens: int) -> dict[int, int]:
@@ -169,12 +166,19 @@ class Engine:
         self.scheduler.reserve_streaming(sequence, wanted)
         return {i: sequence.streaming_pages[i] for i in wanted if i in sequence.streaming_pages}
 
-    def begin_prefill(self, request_id: str, num_computed: int) -> None:
-        """A held request's pages hold its first num_computed tokens (a multiple of 128): compute the rest here."""
+    def begin_prefill(self, request_id: str, num_computed: int) -> ChunkReady | None:
+        """A held request's pages hold its first num_computed tokens (a multiple of 128): compute the rest here.
+
+        Returns the announcement of what is there already, when it is to be handed over and not known there.
+        """
         sequence = self._lead(request_id)
         assert num_computed % BLOCK_SIZE == 0 and num_computed < sequence.num_prefill, num_computed
         sequence.num_cached = num_computed
         self.scheduler.start_prefill(sequence, num_computed)
+        if sequence.prefill_only and num_computed > sequence.num_announced:
+            self.runner.wait()  # pages from outside may still be on their way to the device
+            return self._publisher.announce(sequence, num_computed)
+        return None
 
     def begin_decode(self, request_id: str, first_tokens: SequenceOf[SampledToken], num_cached_tokens: int) -> None:
         """A held request's pages and tail row hold its whole input; first_tokens are its choices' first tokens."""
@@ -313,8 +317,7 @@ class Engine:
             if chunk.is_last:
                 first, drawn = drawn[: sequence.num_forks + 1], drawn[sequence.num_forks + 1 :]
             if sequence.prefill_only:
-                have_tokens = self._have_tokens[sequence.request_id]
-                result.chunks.append(self._publisher.announce(chunk, have_tokens, first))
+                result.chunks.append(self._publisher.announce(sequence, chunk.end, first))
                 if chunk.is_last:
                     self.abort(sequence.request_id)
             elif chunk.is_last:
@@ -368,7 +371,6 @@ class Engine:
             siblings = self._live.get(sequence.request_id, [])
             if all(s.state is State.FINISHED for s in siblings):
                 self._live.pop(sequence.request_id, None)
-                self._have_tokens.pop(sequence.request_id, None)
 
     def _finish(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)

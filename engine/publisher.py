@@ -57,14 +57,11 @@ class PagePublisher:
             tuple((p, sequence.chain[p // PAGE_SIZE - 1]) for p in points),
         )
 
-    def announce(self, chunk: PrefillChunk, have_tokens: int, first_tokens: SequenceOf[SampledToken]) -> ChunkReady:
-        """Leases the chunk's pages that the decode worker lacks and, with the last chunk, the tail row.
-
-        The first chunk brings the pages of the cached prefix along. have_tokens: what the decode worker holds already.
-        """
-        sequence, is_last = chunk.sequence, chunk.is_last
-        begin = max(have_tokens, 0 if chunk.start == sequence.num_cached else chunk.start) // PAGE_SIZE
-        whole = range(begin, chunk.end // PAGE_SIZE)
+    def announce(self, sequence: Sequence, end: int, first_tokens: SequenceOf[SampledToken] = ()) -> ChunkReady:
+        """Leases the pages up to position `end` that were not announced yet and, at the prompt's end, the tail row."""
+        is_last, begin = end == sequence.num_prefill, sequence.num_announced // PAGE_SIZE
+        whole = range(begin, end // PAGE_SIZE)
+        sequence.num_announced = max(sequence.num_announced, end)
         wanted = set(self._residency.streaming_pages_for_decode(sequence.num_prefill)) & sequence.streaming_pages.keys()
         retrieval_slots = self._page_format.num_retrieval_slots
         retrieval = tuple((i, sequence.retrieval_pages[i]) for i in whole) if retrieval_slots else ()
@@ -81,7 +78,7 @@ class PagePublisher:
             lease_id=lease.id,
             generation=lease.generation,
             start=begin * PAGE_SIZE,
-            end=chunk.end,
+            end=end,
             retrieval_pages=retrieval,
             streaming_pages=streaming,
             tail_row=row,

@@ -29,6 +29,7 @@ class Sequence:
     retrieval_pages: page id by page index. streaming_pages: page index to page id, sink and window only.
     row: place in the tail pool and the selection state. num_forks: further choices that start from the same prompt.
     chain: chain hash per full page of the input. prefill_only: hand over after prefill. hold: stop after admission.
+    num_announced: tokens whose pages the decode worker has or was told of.
     """
 
     request: Request
@@ -39,6 +40,7 @@ class Sequence:
     chain: list[bytes] = field(default_factory=list)
     prefill_only: bool = False
     hold: bool = False
+    num_announced: int = 0
     state: State = State.WAITING
     num_computed: int = 0
     num_cached: int = 0

@@ -30,6 +30,7 @@ _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for listening on the loopback address only
     "RAY_AUTH_MODE": "token",  # so that no other user of this machine can run code through it
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # not 15, behind whatever else runs on this machine
     "UCX_NET_DEVICES": "lo",  # NIXL's connections between the workers
 }
 

@@ -232,7 +232,7 @@ def assert_idle(engine: Engine) -> None:
     pools = (engine.retrieval_pool, engine.streaming_pool, engine.row_pool)
     assert [pool.num_held for pool in pools] == [0, 0, 0]
     assert engine._swap.used_bytes == 0 and not engine.has_work
-    assert not any((engine._live, engine._detokenizers, engine._histories, engine._have_tokens, engine.scheduler.held))
+    assert not any((engine._live, engine._detokenizers, engine._histories, engine.scheduler.held))
 
 
 def attended(
