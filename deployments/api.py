@@ -205,7 +205,7 @@ class GenerationResponse(Response):
             async with aclosing(answer.stream()) as batches:
                 first = await anext(batches, None)
                 if self._traces is not None:
-                    await self._traces.locate(self._generation, answer.requests, self._core.tokenizer)
+                    await self._traces.locate(self._generation, self._core.tokenizer)
                 if self._generation.stream:
                     await self._stream(answer, first or [], batches, send)
                     return

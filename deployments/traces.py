@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from lserve.engine.config import PAGE_SIZE
-from lserve.engine.request import Output, PageChoice, Request
+from lserve.engine.request import Output, PageChoice
 
-from .protocol import Generation
+from .protocol import Generation, Prompt
 
 Json = dict[str, Any]
 Span = tuple[int, int, int]
@@ -42,10 +42,13 @@ class Traces:
         self._choices: defaultdict[int, list[PageChoice]] = defaultdict(list)
         self._counts: Counter[int] = Counter()
 
-    async def locate(self, generation: Generation, requests: Sequence[Request], tokenizer: Offsets) -> None:
+    async def locate(self, generation: Generation, tokenizer: Offsets) -> None:
         """Finds where the prompts' pages lie in their texts; call before `field`. Tokenizes once more, on a thread."""
         self._num_choices = generation.sampling.n
-        self._pages = await asyncio.to_thread(_pages_of, generation, requests, tokenizer)
+        if generation.prompts is None:
+            self._pages = [await asyncio.to_thread(chat_pages, generation.messages, tokenizer)]
+        else:
+            self._pages = [await asyncio.to_thread(_pages, *item, tokenizer) for item in enumerate(generation.prompts)]
 
     def field(self, output: Output) -> Json:
         """Takes an output's page choices; with a choice's last output, the field that carries its trace."""
@@ -57,11 +60,12 @@ class Traces:
         pages = self._pages[output.choice // self._num_choices]
         trace: Json = {"page_size": PAGE_SIZE, "num_heads": kept[0].num_heads if kept else 0}
         trace |= {} if pages is None else {"pages": pages}
-        trace |= {"choices": [_choice(choice) for choice in kept]}
+        trace |= {"choices": [choice_body(choice) for choice in kept]}
         return {"lserve": {"trace": {**trace, "num_choices_left_out": self._counts[output.choice] - len(kept)}}}
 
 
-def _choice(choice: PageChoice) -> Json:
+def choice_body(choice: PageChoice) -> Json:
+    """A page choice as the API writes it."""
     body: Json = {"token": choice.token, "num_pages": choice.num_pages, "everything": choice.everything}
     if not choice.everything:
         body |= {"read": choice.read, "num_pages_left_out": choice.num_left_out}
@@ -72,19 +76,17 @@ def _choice(choice: PageChoice) -> Json:
     return body
 
 
-def _pages_of(generation: Generation, requests: Sequence[Request], tokenizer: Offsets) -> list[list[list[Span]] | None]:
-    """Per prompt, the spans of each of its pages."""
-    if generation.prompts is None:
-        text = tokenizer.chat_text(generation.messages)
-        starts = tokenizer.token_starts(text, add_special_tokens=False)
-        parts = _find([content for _, content in generation.messages], text)
-        return [page_spans(starts, len(text), parts) for _ in requests]
-    return [
-        page_spans(tokenizer.token_starts(prompt), len(prompt), [(index, 0, len(prompt), 0)])
-        if isinstance(prompt, str)
-        else None
-        for index, prompt in enumerate(generation.prompts)
-    ]
+def chat_pages(messages: Sequence[tuple[str, str]], tokenizer: Offsets) -> list[list[Span]]:
+    """The spans of each page of (role, content) messages in the chat template."""
+    text = tokenizer.chat_text(messages)
+    starts = tokenizer.token_starts(text, add_special_tokens=False)
+    return page_spans(starts, len(text), _find([content for _, content in messages], text))
+
+
+def _pages(index: int, prompt: Prompt, tokenizer: Offsets) -> list[list[Span]] | None:
+    if not isinstance(prompt, str):
+        return None
+    return page_spans(tokenizer.token_starts(prompt), len(prompt), [(index, 0, len(prompt), 0)])
 
 
 def _find(contents: Sequence[str], text: str) -> list[tuple[int, int, int, int]]:

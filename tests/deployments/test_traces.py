@@ -17,7 +17,7 @@ from lserve.deployments.protocol import parse_chat, parse_completion
 from lserve.deployments.router import RouterCore
 from lserve.deployments.settings import load_settings
 from lserve.deployments.traces import Traces, page_spans
-from lserve.engine.request import FinishReason, Output, Request
+from lserve.engine.request import FinishReason, Output
 from lserve.engine.tokenizer import Tokenizer
 
 TRACE = {"lserve": {"trace": True}}
@@ -111,7 +111,7 @@ async def test_pages_in_the_tokens_of_a_real_model() -> None:
     generation = parse_chat(json.dumps({"model": "demo", "messages": messages, **TRACE}).encode())
     tokens = tokenizer.encode_chat(generation.messages)
     located = Traces()
-    await located.locate(generation, [Request("r", tuple(tokens))], tokenizer)
+    await located.locate(generation, tokenizer)
     field = located.field(Output("r", 0, finish_reason=FinishReason.STOP))
     pages = field["lserve"]["trace"]["pages"]
     assert len(pages) == -(-len(tokens) // 64)
@@ -131,7 +131,7 @@ async def test_a_plain_prompt_is_covered_whole() -> None:
     prompt = "Some words, and more of them. " * 30
     generation = parse_completion(json.dumps({"model": "demo", "prompt": prompt, **TRACE}).encode())
     located = Traces()
-    await located.locate(generation, [Request("r", tuple(tokenizer.encode(prompt)))], tokenizer)
+    await located.locate(generation, tokenizer)
     pages = located.field(Output("r", 0, finish_reason=FinishReason.STOP))["lserve"]["trace"]["pages"]
     assert "".join(prompt[start:end] for ((_, start, end),) in pages) == prompt
 
