@@ -236,6 +236,20 @@ class Scheduler:
             return False
         return True
 
+    def _take_what_came(self, sequence: Sequence) -> None:
+        """Before its first chunk: what others with the same start have computed since it was admitted."""
+        if self._index is None or not sequence.chain or sequence.num_computed > sequence.num_cached:
+            return
+        if self._index.match(sequence.chain, sequence.num_prefill) <= sequence.num_cached:
+            return
+        hit = self._index.lookup(sequence.chain, sequence.num_prefill)
+        count = len(hit.retrieval_pages)
+        self._retrieval.release(sequence.retrieval_pages[:count])
+        sequence.retrieval_pages[:count] = hit.retrieval_pages
+        self._streaming.release([p for i, p in sequence.streaming_pages.items() if i in hit.streaming_pages])
+        sequence.streaming_pages |= hit.streaming_pages
+        sequence.num_computed = sequence.num_cached = hit.num_tokens
+
     def _seated(self) -> list[Sequence]:
         return self.prefilling + self.held
 
@@ -259,6 +273,7 @@ class Scheduler:
         for sequence in self.prefilling:
             if room < BLOCK_SIZE:
                 return
+            self._take_what_came(sequence)
             left = sequence.num_prefill - sequence.num_computed
             length = left if left <= room else room // BLOCK_SIZE * BLOCK_SIZE
             start = sequence.num_computed

@@ -153,6 +153,18 @@ def test_a_prefix_in_the_index_is_shared_and_not_computed() -> None:
     bench.assert_idle()
 
 
+def test_a_prefix_that_came_while_a_prompt_waited_is_not_computed_again() -> None:
+    bench = Bench(prefix_cache=True)
+    first, second, held = bench.add(600, 1), bench.add(600, 1), bench.add(600, 1, hold=True)
+    chunks = [(c.sequence, c.start, c.length) for _ in range(3) for c in bench.step().prefill]
+    assert chunks == [(first, 0, 256), (first, 256, 256), (first, 512, 88), (second, 512, 88)]
+    bench.scheduler.start_prefill(held, 0)
+    assert [(c.sequence, c.start, c.length) for c in bench.step().prefill] == [(held, 512, 88)]
+    assert (first.num_cached, second.num_cached, held.num_cached) == (0, 512, 512)
+    bench.drain()
+    bench.assert_idle()
+
+
 class Life(RuleBasedStateMachine):
     """Anything may come, go, be preempted or be handed over at any time; pages and progress stay right."""
 
