@@ -36,15 +36,14 @@ def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return codes.flatten(-2)
 
 
-def _unpack(data: torch.Tensor, bits: int, layout: SlotLayout) -> torch.Tensor:
-    """uint8 bytes [N, bytes] to float32 codes [N, P, D]."""
+def _unpack(data: torch.Tensor, bits: int, layout: SlotLayout, codes: torch.Tensor) -> torch.Tensor:
+    """uint8 bytes [..., bytes] to codes, float32 [..., P, D]."""
     half = layout.page_size // 2
     if bits == 8:
-        return data.unflatten(-1, (layout.page_size, layout.head_dim)).float()
+        return codes.copy_(data.unflatten(-1, (layout.page_size, layout.head_dim)))
     data = data.unflatten(-1, (half, layout.head_dim))
-    codes = torch.empty(data.shape[0], layout.page_size, layout.head_dim)
-    codes[:, :half] = data & 15
-    codes[:, half:] = data >> 4
+    codes[..., :half, :] = data & 15
+    codes[..., half:, :] = data >> 4
     return codes
 
 
@@ -74,33 +73,40 @@ def encode_slots(key: torch.Tensor, value: torch.Tensor, layout: SlotLayout) -> 
 
 
 def _half(slots: torch.Tensor, offset: int, *shape: int) -> torch.Tensor:
-    """The fp16 numbers at a byte offset of every slot [N, slot_bytes], as float32 [N, *shape]."""
+    """The fp16 numbers at a byte offset of every slot [..., slot_bytes], as float32 [..., *shape]."""
     count = torch.Size(shape).numel()
-    return slots[:, offset : offset + 2 * count].view(torch.float16).float().unflatten(-1, shape)
+    return slots[..., offset : offset + 2 * count].view(torch.float16).float().unflatten(-1, shape)
 
 
-def decode_keys(slots: torch.Tensor, layout: SlotLayout) -> torch.Tensor:
-    """Keys of contiguous slots uint8 [N, slot_bytes], float32 [N, P, D]."""
+def decode_keys(slots: torch.Tensor, layout: SlotLayout, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Keys of slots uint8 [..., slot_bytes], float32 [..., P, D]; into `out` where that is given."""
     size = layout.page_size * layout.head_dim * layout.key_bits // 8
+    out = _decoded(slots, layout) if out is None else out
     if layout.float_dtype is not None:
-        return slots[:, :size].view(layout.float_dtype).float().unflatten(-1, (layout.page_size, layout.head_dim))
-    codes = _unpack(slots[:, :size], layout.key_bits, layout)
+        return out.copy_(slots[..., :size].view(layout.float_dtype).unflatten(-1, out.shape[-2:]))
+    _unpack(slots[..., :size], layout.key_bits, layout, out)
     minimum = _half(slots, layout.key_min, layout.num_groups, 1, layout.head_dim)
     step = _half(slots, layout.key_step, layout.num_groups, 1, layout.head_dim)
-    grouped = codes.unflatten(1, (layout.num_groups, layout.logical_page_size))
-    return torch.addcmul(minimum, grouped, step, out=grouped).flatten(1, 2)
+    grouped = out.unflatten(-2, (layout.num_groups, layout.logical_page_size))
+    torch.addcmul(minimum, grouped, step, out=grouped)
+    return out
 
 
-def decode_values(slots: torch.Tensor, layout: SlotLayout) -> torch.Tensor:
-    """Values (rotated) of contiguous slots uint8 [N, slot_bytes], float32 [N, P, D]."""
+def decode_values(slots: torch.Tensor, layout: SlotLayout, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Values (rotated) of slots uint8 [..., slot_bytes], float32 [..., P, D]; into `out` where that is given."""
     size = layout.page_size * layout.head_dim * layout.value_bits // 8
-    data = slots[:, layout.value_codes : layout.value_codes + size]
+    data = slots[..., layout.value_codes : layout.value_codes + size]
+    out = _decoded(slots, layout) if out is None else out
     if layout.float_dtype is not None:
-        return data.view(layout.float_dtype).float().unflatten(-1, (layout.page_size, layout.head_dim))
-    codes = _unpack(data, layout.value_bits, layout)
+        return out.copy_(data.view(layout.float_dtype).unflatten(-1, out.shape[-2:]))
+    _unpack(data, layout.value_bits, layout, out)
     minimum = _half(slots, layout.value_min, layout.page_size, 1)
     step = _half(slots, layout.value_step, layout.page_size, 1)
-    return torch.addcmul(minimum, codes, step, out=codes)
+    return torch.addcmul(minimum, out, step, out=out)
+
+
+def _decoded(slots: torch.Tensor, layout: SlotLayout) -> torch.Tensor:
+    return torch.empty(*slots.shape[:-1], layout.page_size, layout.head_dim)
 
 
 def key_range(statistics: torch.Tensor, layout: SlotLayout) -> tuple[torch.Tensor, torch.Tensor]:

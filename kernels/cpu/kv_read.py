@@ -19,10 +19,18 @@ def read_pages(
     """See `kernels.kv_read.read_pages`."""
     if not page_ids.numel() or not heads.numel():
         return
-    data = gather_slots(pool, page_ids, slots[:, None])
+    data = gather_slots(pool, page_ids, slots[:, None]).view(heads.numel(), page_ids.numel(), -1)
     pages = token_offsets // layout.page_size
-    shape = (heads.numel(), page_ids.numel(), layout.page_size, layout.head_dim)
+    head_run, page_run = _run(heads), _run(pages)
     for scratch, decode in ((scratch_key, decode_keys), (scratch_value, decode_values)):
-        decoded = decode(data, layout).reshape(shape).to(scratch.dtype)
         paged = scratch.unflatten(1, (-1, layout.page_size))
-        paged[heads[:, None], pages] = decoded
+        if head_run is not None and page_run is not None and scratch.dtype == torch.float32:
+            decode(data, layout, paged[head_run, page_run])
+        else:
+            paged[heads[:, None], pages] = decode(data, layout).to(scratch.dtype)
+
+
+def _run(indices: torch.Tensor) -> slice | None:
+    """The slice that indices are when each follows the one before: what is decoded in its place is not copied."""
+    run = slice(int(indices[0]), int(indices[0]) + indices.numel())
+    return run if torch.equal(indices, torch.arange(run.start, run.stop)) else None
