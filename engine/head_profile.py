@@ -15,10 +15,20 @@ The file is JSON, one line a layer, so that people can read and compare it:
         [0.91, 0.08, 0.77],
         [0.11, 0.02, 0.64]
       ],
-      "evidence": {"calibration": "needle-16k", "recall": 1.0}
+      "measures": {
+        "text_divergence": [[0.0102, 0.0003, 0.0081], [0.0004, 0.0001, 0.0055]]
+      },
+      "gate": [
+        {"num_streaming": 3, "loss_rise": 0.0011, "right": 24},
+        {"num_streaming": 4, "loss_rise": 0.0052, "right": 22}
+      ],
+      "evidence": {
+        "text": "essays.txt",
+        "loss_rise": 0.0011
+      }
     }
 
-R is a retrieval head, S a streaming head; scores and evidence may be absent.
+R is a retrieval head, S a streaming head; what comes after the heads may be absent. `lserve profile` writes it.
 """
 
 import hashlib
@@ -37,6 +47,9 @@ _VERSION_KEY = "lserve_head_profile"
 Evidence = str | int | float | bool
 """One recorded fact about how a profile was made."""
 
+Matrix = tuple[tuple[float, ...], ...]
+"""One number per head: [layers][KV heads]."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeadProfile:
@@ -45,15 +58,18 @@ class HeadProfile:
     model_fingerprint: of the weights it was made for; empty fits every model.
     sink_size, local_window: tokens, positive multiples of 64, for all streaming heads.
     streaming: [layers][KV heads]. scores: the same shape, higher means that the head needs its history more.
-    evidence: (name, value) pairs: how the profile was found and what it was measured to keep.
+    measures: (name, matrix) pairs: what the scores were made of. gate: what profiles with so many streaming heads were
+    measured to keep, as (name, value) pairs. evidence: the same of this one, and how it was found.
     """
 
     model_fingerprint: str
     sink_size: int
     local_window: int
     streaming: tuple[tuple[bool, ...], ...]
-    scores: tuple[tuple[float, ...], ...] | None = None
+    scores: Matrix | None = None
     evidence: tuple[tuple[str, Evidence], ...] = ()
+    measures: tuple[tuple[str, Matrix], ...] = ()
+    gate: tuple[tuple[tuple[str, Evidence], ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name, tokens in (("sink_size", self.sink_size), ("local_window", self.local_window)):
@@ -62,12 +78,13 @@ class HeadProfile:
         widths = [len(layer) for layer in self.streaming]
         if not widths or min(widths) < 1 or min(widths) != max(widths):
             raise SettingsError(f"head profile: every layer must have the same number of KV heads, got {widths}")
-        if self.scores is not None:
-            if [len(layer) for layer in self.scores] != widths:
-                shape = [len(layer) for layer in self.scores]
-                raise SettingsError(f"head profile: scores must have one number per head, {widths}, got {shape}")
-            if not all(math.isfinite(score) for layer in self.scores for score in layer):
-                raise SettingsError("head profile: scores must be finite numbers")
+        matrices = {} if self.scores is None else {"scores": self.scores}
+        for name, matrix in (matrices | dict(self.measures)).items():
+            if [len(layer) for layer in matrix] != widths:
+                shape = [len(layer) for layer in matrix]
+                raise SettingsError(f"head profile: {name} must have one number per head, {widths}, got {shape}")
+            if not all(math.isfinite(number) for layer in matrix for number in layer):
+                raise SettingsError(f"head profile: {name} must be finite numbers")
 
     @property
     def num_layers(self) -> int:
@@ -118,6 +135,10 @@ class HeadProfile:
         }
         if self.scores is not None:
             content["scores"] = [list(layer) for layer in self.scores]
+        if self.measures:
+            content["measures"] = dict(self.measures)
+        if self.gate:
+            content["gate"] = [dict(row) for row in self.gate]
         if self.evidence:
             content["evidence"] = dict(self.evidence)
         lines = [f"  {json.dumps(name)}: {_pretty(value)}" for name, value in content.items()]
@@ -143,9 +164,16 @@ def _letters(streaming: tuple[tuple[bool, ...], ...]) -> list[str]:
 
 
 def _pretty(value: Any) -> str:
-    if not isinstance(value, list):
-        return json.dumps(value, ensure_ascii=False)
-    return "[\n" + ",\n".join(f"    {json.dumps(item)}" for item in value) + "\n  ]"
+    """JSON with one line for each entry of the outermost list or object."""
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(f"    {_json(item)}" for item in value) + "\n  ]"
+    if isinstance(value, dict):
+        return "{\n" + ",\n".join(f"    {_json(name)}: {_json(item)}" for name, item in value.items()) + "\n  }"
+    return _json(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _parse(content: Any) -> dict[str, Any]:
@@ -166,21 +194,33 @@ def _parse(content: Any) -> dict[str, Any]:
         "sink_size": content["sink_size"],
         "local_window": content["local_window"],
         "streaming": tuple(tuple(letter == "S" for letter in layer) for layer in content["heads"]),
-        "scores": _parse_scores(content.get("scores")),
-        "evidence": _parse_evidence(content.get("evidence", {})),
+        "scores": None if content.get("scores") is None else _parse_matrix("scores", content["scores"]),
+        "measures": _parse_measures(content.get("measures", {})),
+        "gate": _parse_gate(content.get("gate", [])),
+        "evidence": _parse_evidence("evidence", content.get("evidence", {})),
     }
 
 
-def _parse_scores(scores: Any) -> tuple[tuple[float, ...], ...] | None:
-    if scores is None:
-        return None
+def _parse_matrix(name: str, matrix: Any) -> Matrix:
     try:
-        return tuple(tuple(float(score) for score in layer) for layer in scores)
+        return tuple(tuple(float(number) for number in layer) for layer in matrix)
     except (TypeError, ValueError, OverflowError):
-        raise SettingsError("head profile: scores must be a list of lists of numbers") from None
+        raise SettingsError(f"head profile: {name} must be a list of lists of numbers") from None
 
 
-def _parse_evidence(evidence: Any) -> tuple[tuple[str, Evidence], ...]:
+def _parse_measures(measures: Any) -> tuple[tuple[str, Matrix], ...]:
+    if not isinstance(measures, dict):
+        raise SettingsError(f"head profile: measures must map names to lists of lists of numbers, got {measures!r}")
+    return tuple((name, _parse_matrix(name, matrix)) for name, matrix in measures.items())
+
+
+def _parse_gate(rows: Any) -> tuple[tuple[tuple[str, Evidence], ...], ...]:
+    if not isinstance(rows, list):
+        raise SettingsError(f"head profile: gate must be a list, got {rows!r}")
+    return tuple(_parse_evidence(f"gate[{index}]", row) for index, row in enumerate(rows))
+
+
+def _parse_evidence(name: str, evidence: Any) -> tuple[tuple[str, Evidence], ...]:
     if not isinstance(evidence, dict) or not all(isinstance(value, Evidence) for value in evidence.values()):
-        raise SettingsError(f"head profile: evidence must map names to strings or numbers, got {evidence!r}")
+        raise SettingsError(f"head profile: {name} must map names to strings or numbers, got {evidence!r}")
     return tuple(evidence.items())

@@ -47,17 +47,16 @@ class WholeSequence:
         if not flags.any():
             return dense_attention(query, key, value, self.scale)
         group_size = query.shape[1] // key.shape[1]
-        out = torch.empty_like(query).unflatten(1, (-1, group_size))
-        grouped = query.unflatten(1, (-1, group_size))
+        shape = (query.shape[0], key.shape[1], group_size, query.shape[2])
+        grouped, out = query.reshape(shape), query.new_empty(shape)
         for heads, is_streaming in ((flags.nonzero()[:, 0], True), ((~flags).nonzero()[:, 0], False)):
             if heads.numel():
                 part = grouped[:, heads].flatten(1, 2), key[:, heads], value[:, heads]
-                attended = (
-                    streaming_attention(*part, self.scale, self.reach)
-                    if is_streaming
-                    else dense_attention(*part, self.scale)
-                )
-                out[:, heads] = attended.unflatten(1, (-1, group_size))
+                if is_streaming:
+                    attended = streaming_attention(*part, self.scale, self.reach)
+                else:
+                    attended = dense_attention(*part, self.scale)
+                out[:, heads] = attended.view(-1, heads.numel(), *shape[2:])
         return out.flatten(1, 2)
 
     def continuation(self) -> "WholeSequence":
@@ -84,7 +83,7 @@ def streaming_attention(query: Tensor, key: Tensor, value: Tensor, scale: float,
     num_queries, num_keys, group_size = query.shape[0], key.shape[0], query.shape[1] // key.shape[1]
     device, first = query.device, num_keys - num_queries
     num_blocks = -(-num_queries // BLOCK)
-    query = pad(query, (0, 0, 0, 0, 0, num_blocks * BLOCK - num_queries)).unflatten(0, (num_blocks, BLOCK))
+    query = pad(query, (0, 0, 0, 0, 0, num_blocks * BLOCK - num_queries)).view(num_blocks, BLOCK, *query.shape[1:])
     position = first + torch.arange(num_blocks * BLOCK, device=device).view(num_blocks, BLOCK, 1)
     near = position[:, :1, 0] - reach.local_window + 1 + torch.arange(BLOCK + reach.local_window - 1, device=device)
     sink = torch.arange(min(reach.sink_size, num_keys), device=device).expand(num_blocks, -1)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lserve import __version__
 from lserve.engine.errors import LServeError, SettingsError
 
-from . import drain, eval, redis_node, status, up
+from . import drain, eval, profile, redis_node, status, up
 
 _SETTING_FLAG = re.compile(r"--([a-z_]\w*(?:\.\w+)+)(?:=(.*))?", re.DOTALL)
 
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     up.add_command(commands)
     eval.add_command(commands)
+    profile.add_command(commands)
     status.add_command(commands)
     redis_node.add_command(commands)
     drain.add_command(commands)

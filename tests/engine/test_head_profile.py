@@ -16,6 +16,8 @@ PROFILE = HeadProfile(
     streaming=((False, True, False), (True, True, False)),
     scores=((0.9, 0.1, 0.75), (0.25, 0.0, 1.5)),
     evidence=(("calibration", "essays"), ("recall", 0.96), ("tokens", 6000), ("gated", True)),
+    measures=(("text_loss", ((0.5, -0.01, 0.0), (0.0, 0.0, 1.0))),),
+    gate=((("num_streaming", 3), ("loss_rise", 0.002)), (("num_streaming", 4), ("loss_rise", 0.01))),
 )
 
 
@@ -63,12 +65,13 @@ def test_another_models_profile_is_refused() -> None:
 
 
 def test_the_digest_names_what_changes_attention_and_nothing_else() -> None:
-    assert replace(PROFILE, scores=None, evidence=(), model_fingerprint="").digest == PROFILE.digest
+    bare = replace(PROFILE, scores=None, evidence=(), measures=(), gate=(), model_fingerprint="")
+    assert bare.digest == PROFILE.digest
     others = {
         replace(PROFILE, sink_size=64).digest,
         replace(PROFILE, local_window=128).digest,
         replace(PROFILE, streaming=((False, True, False), (True, False, False))).digest,
-        replace(PROFILE, streaming=((False, True), (False, True), (True, False)), scores=None).digest,
+        HeadProfile("", 128, 256, ((False, True), (False, True), (True, False))).digest,
         PROFILE.digest,
     }
     assert len(others) == 5
@@ -90,6 +93,11 @@ def test_the_digest_names_what_changes_attention_and_nothing_else() -> None:
         ({"scores": [[1, 2, 3], [1, 2, "x"]]}, "scores must be a list of lists of numbers"),
         ({"scores": [[1, 2, 3], [1, 2, float("nan")]]}, "scores must be finite"),
         ({"evidence": {"a": [1]}}, "evidence must map names"),
+        ({"measures": [1]}, "measures must map names"),
+        ({"measures": {"text_loss": [[1, 2], [3, 4]]}}, r"text_loss must have one number per head, \[3, 3\]"),
+        ({"measures": {"text_loss": [[1, 2, 3], [1, 2, "x"]]}}, "text_loss must be a list of lists"),
+        ({"gate": {"a": 1}}, "gate must be a list"),
+        ({"gate": [{"loss_rise": None}]}, r"gate\[0\] must map names"),
     ],
 )
 def test_a_bad_field_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:

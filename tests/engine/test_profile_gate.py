@@ -1,0 +1,74 @@
+"""The gate measures whole profiles and finds the largest that passes."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_engines import tokens
+
+from lserve.engine.model import Model
+from lserve.engine.profile_gate import FactDocument, Gate, Measurement, Question, largest_passing, within
+from lserve.engine.whole_sequence import Reach, WholeSequence
+
+REACH = Reach(64, 128)
+PASSAGES = (tokens(700, 1), tokens(300, 2))
+DENSE, ALL = ((False, False),) * 3, ((True, True),) * 3
+
+
+def greedy(model: Model, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
+    answer: tuple[int, ...] = ()
+    for _ in range(count):
+        ids = torch.tensor(prompt + answer)
+        hidden = model.forward(ids, torch.arange(len(ids)), WholeSequence(DENSE, REACH, 0.25))
+        answer += (int(model.logits(hidden[-1:]).argmax()),)
+    return answer
+
+
+def test_dense_loses_nothing_and_streaming_does(tiny: tuple[Model, Any]) -> None:
+    model, text, question = tiny[0], tokens(600, 3), tokens(9, 4)
+    answer = greedy(model, text + question, 3)
+    wrong = (*answer[:2], (answer[2] + 1) % 512)
+    document = FactDocument(text, (Question(question, answer), Question(question, wrong)))
+    gate = Gate(model, PASSAGES, [document], REACH)
+    dense, streaming = gate.measure(DENSE), gate.measure(ALL)
+    assert (dense.num_streaming, dense.loss_rise, dense.right, dense.asked) == (0, 0.0, 1, 2)
+    assert streaming.num_streaming == 6
+    losses = []
+    for passage in PASSAGES:
+        ids = torch.tensor(passage)
+        for flags in (DENSE, ALL):
+            hidden = model.forward(ids, torch.arange(len(ids)), WholeSequence(flags, REACH, 0.25))[191:-1]
+            losses.append(torch.nn.functional.cross_entropy(model.logits(hidden), ids[192:], reduction="sum").item())
+    rise = (losses[1] + losses[3]) / (losses[0] + losses[2]) - 1
+    assert streaming.loss_rise == pytest.approx(rise, abs=1e-6)
+    assert streaming.standard_error > 0
+
+
+@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(0, n + 1))))
+def test_the_search_finds_the_largest_that_passes(case: tuple[int, int, int]) -> None:
+    num_heads, limit, guess = case
+    asked: list[int] = []
+
+    def passes(count: int) -> bool:
+        asked.append(count)
+        return count <= limit
+
+    assert largest_passing(num_heads, guess, passes) == limit
+    assert len(set(asked)) == len(asked) <= 14
+    assert all(1 <= count <= num_heads for count in asked)
+
+
+def test_a_good_guess_takes_few_measurements() -> None:
+    asked: list[int] = []
+    assert largest_passing(90, 33, lambda count: (asked.append(count), count <= 29)[1]) == 29
+    assert asked == [33, 26, 29, 31, 30]
+
+
+def test_loss_and_recall_must_both_hold() -> None:
+    dense = Measurement(0, 0.0, 0.0, 20, 24, 1.0)
+    assert within(Measurement(30, 0.003, 0.0, 20, 24, 1.0), dense, 0.003)
+    assert not within(Measurement(30, 0.0031, 0.0, 20, 24, 1.0), dense, 0.003)
+    assert not within(Measurement(30, 0.001, 0.0, 19, 24, 1.0), dense, 0.003)
+    assert within(Measurement(30, 0.001, 0.0, 19, 24, 1.0), dense, 0.05)
