@@ -135,19 +135,27 @@ def decode(
 
 def prefill(engine: Engine, context: int, chunk: int, profiled: bool) -> tuple[float, Any]:
     """Milliseconds from a request to its first token; and the parts of a chunk in the prompt's middle."""
-    first_token_ms(engine, min(context, 2 * chunk))
+    done = 0
+    while done < context:  # compiles what depends on the length
+        one_chunk(engine, min(done, context - chunk), chunk, engine.step)
+        done = max(2 * done, chunk)
     ms = first_token_ms(engine, context)
     parts = None
     if profiled:
-        done = context // 2 // chunk * chunk
-        request = Request("middle", (1,) * (done + chunk), GREEDY)
-        engine.add_request(request, hold=True)
-        engine.step()
-        engine.reserve_window(request.request_id, done)
-        engine.begin_prefill(request.request_id, done)
-        parts = device_parts(engine.step, 1)
-        engine.abort(request.request_id)
+        middle = context // 2 // chunk * chunk
+        parts = one_chunk(engine, middle, chunk, lambda: device_parts(engine.step, 1))
     return ms, parts
+
+
+def one_chunk(engine: Engine, start: int, chunk: int, run: Callable[[], Any]) -> Any:
+    """Runs the step that computes a prompt's last chunk, after `start` tokens whose pages are random."""
+    engine.add_request(Request("chunk", (1,) * (start + chunk), GREEDY), hold=True)
+    engine.step()
+    engine.reserve_window("chunk", start)
+    engine.begin_prefill("chunk", start)
+    result = run()
+    engine.abort("chunk")
+    return result
 
 
 def first_token_ms(engine: Engine, context: int) -> float:

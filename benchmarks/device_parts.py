@@ -8,13 +8,14 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+# the first pattern that fits decides
 PARTS = (
-    ("selector", r"_bounds_|_candidates_|_masses_|_choice_|_score_groups|_keep_blocks"),
+    ("linears", r"w4a8|w8a8|decode_w4|gemm|gemv|cutlass|nvjet|splitKreduce|cublas"),
+    ("selector", r"_bounds_|_candidates_|_masses_|_choice_|_select|_top_pages|_score_groups|_keep_blocks"),
     ("attention", r"_decode_packed|_decode_kernel|_merge_kernel|_prefill_attention"),
     ("pages", r"_append_tail|_write_pages|_read_pages"),
-    ("linears", r"w4a8|w8a8|decode_w4|gemm|gemv|cutlass|nvjet|splitKreduce|cublas"),
-    ("norms", r"norm_kernel|rope_kernel|silu_mul|quantize_kernel"),
-    ("sampling", r"peak_kernel|search_kernel|mass_kernel|draw_kernel|ArgMax|argmax"),
+    ("norms, rope, activations", r"norm_kernel|rope_kernel|silu_mul|quantize_kernel"),
+    ("sampling", r"reduce_kernel|peak_kernel|search_kernel|mass_kernel|draw_kernel|ArgMax|argmax"),
 )
 REST = "rest"
 
