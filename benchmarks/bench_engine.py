@@ -135,6 +135,7 @@ def decode(
 
 def prefill(engine: Engine, context: int, chunk: int, profiled: bool) -> tuple[float, Any]:
     """Milliseconds from a request to its first token; and the parts of a chunk in the prompt's middle."""
+    chunk = min(chunk, context)
     done = 0
     while done < context:  # compiles what depends on the length
         one_chunk(engine, min(done, context - chunk), chunk, engine.step)

@@ -18,6 +18,7 @@ from lserve.engine.prefix_store import PrefixStore
 from lserve.engine.results import EngineLoad, Reservation, StepResult, WrittenPages
 from lserve.engine.sealed_page import PageKey
 from lserve.engine.transfer import Transfer
+from lserve.engine.warm_up import warm_up
 
 from .autoscaling import Targets, reported
 from .directory import Directory
@@ -58,6 +59,8 @@ class Worker:
             torch.set_num_threads(max(1, int(resources.num_cpus)))
         key = cluster_secret(settings)
         self.engine = Engine(config, loaded or load(config), key, lease_ttl_s=settings.prefill.lease_s)
+        if self.engine.cache.device.type == "cuda":
+            warm_up(self.engine)
         self.format_id = self.engine.page_format.format_id
         self.transfer: Transfer | None = None
         if settings.prefill.replicas:

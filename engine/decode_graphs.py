@@ -61,7 +61,8 @@ class DecodeGraphs:
             self._step(static, width, any_reselect, sparsity)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # thread_local: NIXL's thread may move pages meanwhile
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             logits = self._step(static, width, any_reselect, sparsity)
         return _Captured(graph, static, logits)
 
