@@ -58,6 +58,11 @@ class Model:
         self._widths = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
 
     @property
+    def weights(self) -> Weights:
+        """All weights; they are not to be changed."""
+        return self._weights
+
+    @property
     def device(self) -> torch.device:
         """Where the weights lie."""
         return self._weights.embedding.device

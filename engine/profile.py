@@ -68,6 +68,17 @@ class HeadMeasures:
         return self.text_divergence / (dense_loss * max_loss) + self.answer_divergence / ANSWER_ALLOWANCE
 
 
+def predicted_tokens(text: PlantedText, reach: Reach, seed: int) -> tuple[Tensor, int]:
+    """Indices of the tokens that heads are measured on, int64: some of the running text, then the answers.
+
+    The second result is how many are running text, all of them past sink and window. Which ones follows from the seed.
+    """
+    far = torch.tensor([i for i in text.running if i >= reach.sink_size + reach.local_window])
+    order = torch.randperm(far.numel(), generator=torch.Generator().manual_seed(seed))
+    chosen = far[order[:NUM_POSITIONS]].sort().values
+    return torch.cat((chosen, torch.tensor(text.answers))), chosen.numel()
+
+
 class HeadScorer:
     """Measures the heads of one model on one text, layer by layer from the first.
 
@@ -77,11 +88,7 @@ class HeadScorer:
     def __init__(self, model: Model, text: PlantedText, reach: Reach, seed: int) -> None:
         config, device = model.config, model.device
         self._model, self._text, self._reach = model, text, reach
-        generator = torch.Generator().manual_seed(seed)
-        far = torch.tensor([i for i in text.running if i >= reach.sink_size + reach.local_window])
-        chosen = far[torch.randperm(far.numel(), generator=generator)[:NUM_POSITIONS]].sort().values
-        self._num_running = chosen.numel()
-        predicted = torch.cat((chosen, torch.tensor(text.answers)))
+        predicted, self._num_running = predicted_tokens(text, reach, seed)
         self._rows = (predicted - 1).to(device)
         token_ids = torch.tensor(text.token_ids, device=device)
         self._targets = token_ids[predicted.to(device), None]

@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
 
 import torch
@@ -17,9 +17,9 @@ from lserve.engine.checkpoint import fingerprint, locate
 from lserve.engine.config import EngineConfig
 from lserve.engine.errors import SettingsError
 from lserve.engine.head_profile import Evidence, HeadProfile, Matrix
-from lserve.engine.loading import LoadedModel, load
-from lserve.engine.profile import HeadMeasures, HeadScorer, rank, streaming_heads
-from lserve.engine.profile_gate import Gate, Measurement, largest_passing, within
+from lserve.engine.loading import load
+from lserve.engine.profile import HeadMeasures
+from lserve.engine.profile_gate import within
 from lserve.engine.weights import read_config
 from lserve.engine.whole_sequence import Reach
 from lserve.quality.heat_map import can_draw
@@ -28,6 +28,7 @@ from lserve.quality.text import load_text
 from . import profile_picture
 from .demo_model import demo_model
 from .profile_check import Checked, check
+from .profile_search import Found, Search
 from .profile_state import ProfileState
 from .profile_texts import ProfileTexts, make_texts
 
@@ -55,21 +56,14 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--length", type=int, default=7500, help="longest text, in tokens; default: %(default)s")
     parser.add_argument("--sink", type=int, default=128, help="first tokens that are kept; default: %(default)s")
     parser.add_argument("--window", type=int, default=256, help="last tokens that are kept; default: %(default)s")
+    parser.add_argument(
+        "--optimize",
+        action="store_true",
+        help="weigh all heads against each other by gradient too: twice the time",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.set_defaults(run=run, takes_settings=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What the search gave: per head its measures and score, the gate's measurements, and the profile's own."""
-
-    measures: tuple[tuple[HeadMeasures, ...], ...]
-    scores: Matrix
-    dense: Measurement
-    measurements: tuple[Measurement, ...]
-    chosen: Measurement
-    streaming: tuple[tuple[bool, ...], ...]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -89,9 +83,12 @@ def run(options: argparse.Namespace) -> int:
         options.output.with_suffix(".partial"),
         _key(METHOD, identity, astuple(reach), options.max_loss, options.seed, asdict(texts)),
     )
-    if state.resumed:
-        console.print(f"going on with what an earlier run measured: {len(state.measures)} layers")
-    found = search(loaded, texts, reach, options.max_loss, options.seed, state, console)
+    if state.measures:
+        console.print(f"going on with what an earlier run has measured ({len(state.measures)} layers)")
+    columns = TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress:
+        search = Search(loaded.model, texts, reach, options.max_loss, options.seed, state, progress)
+        found = search.run(options.optimize)
     plain = HeadProfile(identity, reach.sink_size, reach.local_window, found.streaming)
     dense_profile = HeadProfile.none(len(found.streaming), len(found.streaming[0]), options.sink, options.window)
     with console.status("checking the profile in the engine"):
@@ -104,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
         found.streaming,
         scores=found.scores,
         evidence=evidence,
-        measures=_matrices(found.measures),
+        measures=_matrices(found),
         gate=tuple(tuple((k, _rounded(v)) for k, v in asdict(m).items()) for m in found.measurements),
     )
     profile.save(options.output)
@@ -112,77 +109,6 @@ def run(options: argparse.Namespace) -> int:
     _print(console, found, ours, dense, options)
     _draw(console, profile, options.output.with_suffix(".png"), options.max_loss)
     return 0
-
-
-def search(
-    loaded: LoadedModel,
-    texts: ProfileTexts,
-    reach: Reach,
-    max_loss: float,
-    seed: int,
-    state: ProfileState,
-    console: Console,
-) -> Found:
-    """Measures the heads, ranks them, and asks the gate how many may stream."""
-    model = loaded.model
-    shape = model.config.num_layers, model.config.num_kv_heads
-    columns = TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("measuring heads", total=len(texts.calibration) * shape[0] * shape[1])
-        losses = []
-        for number, text in enumerate(texts.calibration):
-            scorer = HeadScorer(model, text, reach, seed)
-            losses.append(scorer.dense_loss)
-            for layer in range(shape[0]):
-                if (number, layer) in state.measures:
-                    scorer.skip()
-                else:
-                    state.add_layer(number, layer, scorer.next_layer())
-                progress.advance(bar, shape[1])
-        measures = tuple(
-            tuple(
-                HeadMeasures.mean([state.measures[number, layer][head] for number in range(len(losses))])
-                for head in range(shape[1])
-            )
-            for layer in range(shape[0])
-        )
-        loss = sum(losses) / len(losses)
-        scores = tuple(tuple(float(f"{m.cost(loss, max_loss):.4g}") for m in layer) for layer in measures)
-        ranking = rank(scores)
-        gate: Gate | None = None
-        bar = progress.add_task("trying profiles", total=None)
-
-        def measure(count: int) -> Measurement:
-            nonlocal gate
-            streaming = streaming_heads(ranking, count, *shape)
-            digest = HeadProfile("", reach.sink_size, reach.local_window, streaming).digest
-            if digest not in state.gate:
-                gate = gate or Gate(model, texts.passages, texts.documents, reach)
-                progress.update(bar, description=f"trying {count} streaming heads")
-                state.add_gate(digest, gate.measure(streaming))
-            progress.advance(bar)
-            return state.gate[digest]
-
-        measured = {0: measure(0)}
-
-        def passes(count: int) -> bool:
-            measured[count] = measure(count)
-            return within(measured[count], measured[0], max_loss)
-
-        count = largest_passing(len(ranking), _guess(scores, ranking), passes)
-        progress.update(bar, description="trying profiles", total=len(measured))
-    in_order = tuple(measured[count] for count in sorted(measured))
-    return Found(measures, scores, measured[0], in_order, measured[count], streaming_heads(ranking, count, *shape))
-
-
-def _guess(scores: Matrix, ranking: Sequence[tuple[int, int]]) -> int:
-    """How many heads use up what is allowed, if costs add up."""
-    total = 0.0
-    for number, (layer, head) in enumerate(ranking):
-        total += scores[layer][head]
-        if total > 1:
-            return number
-    return len(ranking)
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -216,11 +142,15 @@ def _rounded(value: Evidence) -> Evidence:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def _matrices(measures: tuple[tuple[HeadMeasures, ...], ...]) -> tuple[tuple[str, Matrix], ...]:
-    return tuple(
-        (field.name, tuple(tuple(float(f"{getattr(head, field.name):.4g}") for head in layer) for layer in measures))
-        for field in fields(HeadMeasures)
-    )
+def _matrices(found: Found) -> tuple[tuple[str, Matrix], ...]:
+    def matrix(rows: Iterable[Iterable[float]]) -> Matrix:
+        return tuple(tuple(float(f"{value:.4g}") for value in row) for row in rows)
+
+    names = [field.name for field in fields(HeadMeasures)]
+    matrices = {name: matrix((getattr(head, name) for head in layer) for layer in found.measures) for name in names}
+    if found.gates is not None:
+        matrices["optimized_gate"] = matrix(found.gates)
+    return tuple(matrices.items())
 
 
 def _evidence(
@@ -238,6 +168,7 @@ def _evidence(
         "texts_digest": _key(asdict(texts))[:16],
         "seed": options.seed,
         "max_loss": options.max_loss,
+        "optimized": options.optimize,
         "calibration_tokens": sum(len(text.token_ids) for text in texts.calibration),
         "passage_tokens": max(map(len, texts.passages)),
         "document_tokens": max(len(document.token_ids) for document in texts.documents),

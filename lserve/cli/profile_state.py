@@ -12,33 +12,35 @@ from lserve.engine.profile_gate import Measurement
 class ProfileState:
     """Measurements of one run. The file is written after each, and read only by a run with the same key.
 
-    key: names everything that the measurements depend on. measures: per (text, layer), of the layer's heads.
-    gate: by the digest of which heads stream.
+    key: names everything that the measurements depend on. measures: per (text, layer), of the layer's heads. gates: as
+    optimised. measured: by the accuracy gate, by the digest of which heads stream.
     """
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
         self.measures: dict[tuple[int, int], list[HeadMeasures]] = {}
-        self.gate: dict[str, Measurement] = {}
+        self.gates: list[list[float]] | None = None
+        self.measured: dict[str, Measurement] = {}
         content = self._read()
         if content.get("key") == key:
             for text, layer, heads in content["measures"]:
                 self.measures[text, layer] = [HeadMeasures(**head) for head in heads]
-            self.gate = {digest: Measurement(**values) for digest, values in content["gate"].items()}
-
-    @property
-    def resumed(self) -> bool:
-        """Whether there is anything in it."""
-        return bool(self.measures or self.gate)
+            self.gates = content["gates"]
+            self.measured = {digest: Measurement(**values) for digest, values in content["measured"].items()}
 
     def add_layer(self, text: int, layer: int, measures: list[HeadMeasures]) -> None:
         """Keeps one layer's measures."""
         self.measures[text, layer] = measures
         self._write()
 
-    def add_gate(self, digest: str, measurement: Measurement) -> None:
-        """Keeps what the gate measured."""
-        self.gate[digest] = measurement
+    def set_gates(self, gates: list[list[float]]) -> None:
+        """Keeps optimised gates."""
+        self.gates = gates
+        self._write()
+
+    def add_measurement(self, digest: str, measurement: Measurement) -> None:
+        """Keeps what the accuracy gate measured."""
+        self.measured[digest] = measurement
         self._write()
 
     def remove(self) -> None:
@@ -56,7 +58,8 @@ class ProfileState:
         content = {
             "key": self._key,
             "measures": [(*at, [asdict(head) for head in heads]) for at, heads in self.measures.items()],
-            "gate": {digest: asdict(measurement) for digest, measurement in self.gate.items()},
+            "gates": self.gates,
+            "measured": {digest: asdict(measurement) for digest, measurement in self.measured.items()},
         }
         scratch = self._path.with_suffix(self._path.suffix + ".new")
         scratch.write_text(json.dumps(content), encoding="utf-8")
