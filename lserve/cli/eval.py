@@ -73,7 +73,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(options: argparse.Namespace) -> int:
     """Runs the suite; 0 when all gates held. Raises LServeError."""
-    console, started = Console(highlight=False), time.monotonic()
+    console, started = _console(), time.monotonic()
     gates = [parse_gate(gate) for gate in options.gate]
     tasks = tuple(TASKS) if options.tasks is None else tuple(name.strip() for name in options.tasks.split(","))
     design = Design(options.lengths, layouts(tasks), options.documents, options.questions, options.seed)
@@ -219,6 +219,12 @@ def _finish(
         if not heat_map.draw(options.heat_map, results, summary.arms, NEEDLES, title):
             console.print("[yellow]![/] no heat map: no needle task was run")
     return 0 if all(verdict.passed for verdict in verdicts) else 1
+
+
+def _console() -> Console:
+    """Tables need room: a file or pipe gets wide lines."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Asks an engine in this process."""
 
+import functools
 import itertools
 import time
 from collections.abc import Sequence
@@ -9,11 +10,20 @@ from lserve.engine.config import SparsityConfig
 from lserve.engine.engine import Engine
 from lserve.engine.errors import LServeError
 from lserve.engine.request import AttentionOptions, Request, SamplingParams
+from lserve.engine.tokenizer import Tokenizer
 
 from .asker import Reply
 from .cases import Case, Document
 
 _numbers = itertools.count()
+
+
+@functools.lru_cache(maxsize=128)
+def _tokens(tokenizer: Tokenizer, message: str) -> tuple[int, ...]:
+    """Long documents take longer to tokenize than to answer, and every arm asks the same."""
+    if tokenizer.has_chat_template:
+        return tuple(tokenizer.encode_chat([("user", message)]))
+    return tuple(tokenizer.encode(message + "\n"))
 
 
 class EngineAsker:
@@ -65,10 +75,7 @@ class EngineAsker:
 
     def tokens(self, message: str) -> list[int]:
         """A user's message in the model's chat template; as plain text where it has none."""
-        tokenizer = self.engine.tokenizer
-        if tokenizer.has_chat_template:
-            return tokenizer.encode_chat([("user", message)])
-        return tokenizer.encode(message + "\n")
+        return list(_tokens(self.engine.tokenizer, message))
 
     def answer(self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]) -> list[Reply]:
         """Greedy replies to prompts of token ids. What an engine refuses becomes a reply with its error."""

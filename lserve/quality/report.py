@@ -13,12 +13,17 @@ from .summary import Loss, Summary
 
 def task_table(summary: Summary) -> Table:
     """Recall per task, length and arm."""
-    table = Table(title="found, with 95 % intervals", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=f"found, with 95 % intervals; compared where {summary.arms[0]} finds half or more",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
     for heading in ("task", "tokens", "cases", *summary.arms, ""):
-        table.add_column(heading, justify="left" if heading in ("task", "") else "right")
+        table.add_column(heading, justify="left" if heading in ("task", "") else "right", no_wrap=True)
     for row in summary.tasks:
         recall = [_percent(interval) for interval in row.recall]
-        note = "" if row.pooled else f"not compared: {summary.arms[0]} is below 50 %"
+        note = "" if row.pooled else "not compared"
         table.add_row(row.task, f"{row.length:,}", str(row.cases), *recall, note)
     return table
 
@@ -28,7 +33,7 @@ def loss_table(summary: Summary) -> Table:
     title = f"points lost against {summary.arms[0]}, paired, over the compared tasks"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading in ("arm", "tokens", "cases", "documents", "loss", "95 % interval", "same reply"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
     for loss in summary.losses:
         length = "all" if loss.length is None else f"{loss.length:,}"
         interval = f"{loss.points.low:+.2f} to {loss.points.high:+.2f}"
@@ -42,7 +47,7 @@ def text_table(summary: Summary) -> Table:
     title = "bits per character of text that is there, read as a prompt and token by token"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading in ("arm", "prompt", "rise", "decode", "rise", "same next token"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+        table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
     for row in summary.text:
         rises = f"{row.prompt_rise:+.2%}", f"{row.decode_rise:+.2%}"
         figures = f"{row.prompt:.4f}", rises[0], f"{row.decode:.4f}", rises[1]
