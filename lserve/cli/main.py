@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lserve import __version__
 from lserve.engine.errors import LServeError, SettingsError
 
-from . import drain, eval, profile, redis_node, status, up
+from . import drain, eval, poc, profile, redis_node, status, up
 
 _SETTING_FLAG = re.compile(r"--([a-z_]\w*(?:\.\w+)+)(?:=(.*))?", re.DOTALL)
 
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_command(commands)
     eval.add_command(commands)
     profile.add_command(commands)
+    poc.add_command(commands)
     status.add_command(commands)
     redis_node.add_command(commands)
     drain.add_command(commands)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import httpx
+
 from lserve.engine.checkpoint import fingerprint
 from lserve.engine.config import PAGE_SIZE, EngineConfig, KvDtype, SparsityConfig
 from lserve.engine.errors import FormatMismatchError, LServeError, SettingsError
@@ -26,6 +28,9 @@ SHARES = (8, 4)
 """Budgets that are tried: one part in so many of the longest prompt."""
 
 CAPS = (4096, 8192)
+
+UNKNOWN_LIMIT = 32_768
+"""Tokens, where an endpoint does not say."""
 
 ROOM = 192
 """Tokens beside a document: chat template, question, answer."""
@@ -177,6 +182,17 @@ def endpoint_settings(url: str, baseline_url: str | None, budgets: Sequence[int]
         block = "" if limit is None else f"sparsity:\n  token_budget: {limit}"
         settings.append(Setting(name, words, asker, probe, asker.url, limit, block))
     return settings
+
+
+def endpoint_limit(url: str, api_key: str | None) -> tuple[str, int]:
+    """An endpoint's model and the tokens that fit into a request. Raises LServeError."""
+    asker = HttpAsker("limit", url, api_key=api_key)
+    try:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        answer = httpx.get(f"{asker.url}/v1/models", headers=headers, timeout=10.0, trust_env=False)
+        return asker.model, int(answer.json()["data"][0].get("max_model_len") or UNKNOWN_LIMIT)
+    finally:
+        asker.close()
 
 
 def _sized(config: EngineConfig, kv_dtype: KvDtype | None, sparsity: SparsityConfig, length: int) -> EngineConfig:
