@@ -18,6 +18,7 @@ from lserve.kernels.views import DecodeBatch, LayerView, Selection
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 64
 DENSE = 2**30
+BUDGET = 8192 // PAGE
 
 
 def random_pool(num_pages: int, num_slots: int, layout: SlotLayout) -> torch.Tensor:
@@ -93,9 +94,10 @@ class DecodeInputs:
             for i in range(len(self.layers))
         ]
 
-    def select(self, reselect: bool) -> list[Callable[[], object]]:
-        """One page selection call per layer, in a step that chooses or in one that does not."""
-        batch = replace(self.batch, reselect=torch.full_like(self.batch.reselect, reselect))
+    def select(self, choosing: int) -> list[Callable[[], object]]:
+        """One page selection call per layer, in a step in which so many of the sequences choose."""
+        reselect = torch.arange(len(self.batch.reselect), device="cuda") < choosing
+        batch = replace(self.batch, reselect=reselect)
         return [
             lambda i=i: page_select(self.query[i], self.layers[i], batch, self.selections[i])
             for i in range(len(self.layers))
@@ -125,11 +127,40 @@ def dense_decode(ceilings: Ceilings) -> list[Row]:
     return rows
 
 
+def _selection_rows(inputs: DecodeInputs, name: str, attention_us: float, bar: float | None, copy: float) -> list[Row]:
+    """Page selection beside the attention that follows it.
+
+    A choice serves four steps, and the engine launches nothing in a step in which no sequence chooses. So sequences
+    in step cost a choice of all in every fourth step; out of step, a choice of a quarter of them in every step.
+    """
+    num_batch = len(inputs.batch.reselect)
+    layout, pages = inputs.layout, inputs.batch.max_pages
+    scored = min(4 * BUDGET, pages)
+    read = num_batch * (KV_HEADS // 2) * (pages * (layout.value_codes - layout.key_min) + scored * layout.value_codes)
+    choosing = graph_us(inputs.select(num_batch))
+    share = choosing / 4 / attention_us
+    said = "" if bar is None else f"<= {bar:.2f} of attention"
+    rows = [
+        Row("page_select", f"{name} choosing", choosing, "bytes", read / copy / choosing * 1e6),
+        Row(
+            "page_select", f"{name} a step of 4, in step", choosing / 4, "attention", share,
+            said, None if bar is None else share <= bar,
+        ),
+    ]  # fmt: skip
+    if num_batch >= 4:
+        quarter = graph_us(inputs.select(num_batch // 4))
+        rows.append(
+            Row("page_select", f"{name} a step of 4, out of step", quarter, "attention", quarter / attention_us)
+        )
+    rows.append(Row("page_select", f"{name} launched, none chooses", graph_us(inputs.select(0))))
+    return rows
+
+
 def sparse_decode(ceilings: Ceilings) -> list[Row]:
     """Half the heads streaming, budget 8192, int4; page selection beside it."""
     rows = []
     times: dict[tuple[int, int], float] = {}
-    budget = 8192 // PAGE
+    selection_bars = {(131072, 8): 0.60, (1048576, 1): 1.50}
     for context, num_batch, layers in (
         (32768, 1, 32),
         (131072, 1, 16),
@@ -138,12 +169,11 @@ def sparse_decode(ceilings: Ceilings) -> list[Row]:
         (32768, 8, 8),
         (131072, 8, 8),
     ):
-        inputs = DecodeInputs(context, num_batch, "int4", KV_HEADS // 2, budget, layers)
-        choosing = graph_us(inputs.select(True))
-        skipping = graph_us(inputs.select(False))
+        inputs = DecodeInputs(context, num_batch, "int4", KV_HEADS // 2, BUDGET, layers)
+        for call in inputs.select(num_batch):
+            call()
         us = times[context, num_batch] = graph_us(inputs.attend())
-        slot = inputs.layout.slot_bytes
-        read = num_batch * (KV_HEADS // 2) * slot * (budget - 1 + 6)
+        read = num_batch * (KV_HEADS // 2) * inputs.layout.slot_bytes * (BUDGET - 1 + 6)
         name = f"int4 {context // 1024}K x {num_batch}"
         bar, met = "", None
         if (context, num_batch) == (131072, 8):
@@ -151,23 +181,7 @@ def sparse_decode(ceilings: Ceilings) -> list[Row]:
         if (context, num_batch) == (524288, 1):
             bar, met = "<= 1.15 of 32K x 1", us <= 1.15 * times[32768, 1]
         rows.append(Row("sparse decode", name, us, "bytes", read / ceilings.copy / us * 1e6, bar, met))
-        amortised = (choosing + 3 * skipping) / 4
-        share = amortised / us
-        bar, met = "", None
-        if (context, num_batch) == (131072, 8):
-            bar, met = "<= 0.60 of attention", share <= 0.60
-        if (context, num_batch) == (1048576, 1):
-            bar, met = "<= 1.50 of attention", share <= 1.50
-        scored = min(4 * budget, context // PAGE)
-        layout = inputs.layout
-        read = (
-            num_batch
-            * (KV_HEADS // 2)
-            * (context // PAGE * (layout.value_codes - layout.key_min) + scored * layout.value_codes)
-        )
-        rows.append(Row("page_select", f"{name} choosing", choosing, "bytes", read / ceilings.copy / choosing * 1e6))
-        rows.append(Row("page_select", f"{name} not choosing", skipping))
-        rows.append(Row("page_select", f"{name} a step of 4", amortised, "attention", share, bar, met))
+        rows += _selection_rows(inputs, name, us, selection_bars.get((context, num_batch)), ceilings.copy)
     return rows
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..views import DecodeBatch, LayerView, Selection
 from .codec import INTERPRETED, dequantize, load_codes, load_halves, math_dtype, pool_views
+from .overlap import after_previous, can_overlap, let_next_start
 from .work import (
     always_kept,
     first_window_page,
@@ -103,11 +104,14 @@ def _decode_kernel(
     KEY_MIN: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_CODES: tl.constexpr, VALUE_MIN: tl.constexpr,
     VALUE_STEP: tl.constexpr,
     DTYPE: tl.constexpr, TAIL_DTYPE: tl.constexpr, BLOCK_B: tl.constexpr, MIN_UNITS: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     P: tl.constexpr = 2 * HALF
     UNIT: tl.constexpr = 8 if KEY_BITS < 16 else KEY_BITS
     BOOST: tl.constexpr = 14.0  # keeps small probabilities clear of fp16's subnormals; it cancels in the division
     heads: tl.constexpr = RETRIEVAL + STREAMING
+    after_previous(PDL)
+    let_next_start(PDL)
     program = tl.program_id(0)
     sink_pages = (sink_size + P - 1) // P
     ends = _unit_ends(positions, budgets, num_batch, sink_pages, window, RETRIEVAL, STREAMING, P, BLOCK_B)
@@ -262,8 +266,11 @@ def _merge_kernel(
     num_batch, sink_size, window, programs, out_stride_b, out_stride_h,
     RETRIEVAL: tl.constexpr, STREAMING: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     P: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr, MIN_UNITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One query head of one sequence: its parts weighted by their sums."""
+    """One query head of one sequence: its parts weighted by their sums. Which parts they are is found while the kernel
+    ahead runs.
+    """
     heads: tl.constexpr = RETRIEVAL + STREAMING
     pair = tl.program_id(0)
     member = tl.program_id(1)
@@ -286,6 +293,8 @@ def _merge_kernel(
         head = tl.load(streaming_heads + order - RETRIEVAL).to(tl.int32)
     low = run_of(first, total, num_runs)
     high = run_of(first + length - 1, total, num_runs)
+    after_previous(PDL)
+    let_next_start(PDL)
     if low == high:
         return
     columns = tl.arange(0, BLOCK_D)
@@ -333,11 +342,14 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
     retrieval_codes, retrieval_half = pool_views(layer.retrieval_pool, layout)
     streaming_codes, streaming_half = pool_views(layer.streaming_pool, layout)
     block_b, block_d = triton.next_power_of_2(num_batch), triton.next_power_of_2(head_dim)
+    overlap = can_overlap(query.device)
+    launch = {"PDL": overlap, "launch_pdl": overlap}
     common = {
         "RETRIEVAL": num_retrieval, "STREAMING": num_streaming, "GROUP": group, "D": head_dim,
         "LOGICAL": layout.logical_page_size, "KEY_BITS": layout.key_bits, "VALUE_BITS": layout.value_bits,
         "KEY_MIN": layout.key_min, "KEY_STEP": layout.key_step, "VALUE_CODES": layout.value_codes,
         "VALUE_MIN": layout.value_min, "VALUE_STEP": layout.value_step, "BLOCK_B": block_b, "MIN_UNITS": MIN_UNITS,
+        **launch,
     }  # fmt: skip
     arguments = (
         layer.head_slots, layer.retrieval_heads, layer.streaming_heads,
@@ -368,6 +380,6 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
         *out.stride()[:2],
         RETRIEVAL=num_retrieval, STREAMING=num_streaming, GROUP=group, D=head_dim, BLOCK_D=block_d,
         P=layout.page_size, BLOCK_B=block_b, BLOCK=MERGE_BLOCK, MIN_UNITS=MIN_UNITS,
-        num_warps=4,
+        num_warps=4, **launch,
     )  # fmt: skip
     return out

@@ -5,7 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from . import work
+from . import overlap, work
 from .packed import (
     KEY_SHARED,
     LINE_SHARED,
@@ -35,6 +35,8 @@ run_start = gluon.jit(work.run_start.fn)
 runs = gluon.jit(work.runs.fn)
 sealed_pages = gluon.jit(work.sealed_pages.fn)
 sequence_of = gluon.jit(work.sequence_of.fn)
+after_previous = gluon.jit(overlap.after_previous.fn)
+let_next_start = gluon.jit(overlap.let_next_start.fn)
 
 PROGRAMS_PER_MULTIPROCESSOR = 8
 STAGES = 2
@@ -82,7 +84,8 @@ def _decode_packed_kernel(
     D: gl.constexpr, LOGICAL: gl.constexpr, KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr,
     KEY_MIN: gl.constexpr, KEY_STEP: gl.constexpr, VALUE_CODES: gl.constexpr, VALUE_MIN: gl.constexpr,
     VALUE_STEP: gl.constexpr,
-    BLOCK_B: gl.constexpr, MIN_UNITS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    BLOCK_B: gl.constexpr, MIN_UNITS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     P: gl.constexpr = 64
     W: gl.constexpr = D // 4
@@ -96,6 +99,8 @@ def _decode_packed_kernel(
     GROUPS: gl.constexpr = P // LOGICAL
     BOOST: gl.constexpr = 14.0
 
+    after_previous(PDL)
+    let_next_start(PDL)
     program = gl.program_id(0)
     sink_pages = (sink_size + P - 1) // P
     lines = gl.arange(0, BLOCK_B, LINE)

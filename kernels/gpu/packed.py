@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from ..slot_layout import SlotLayout
 from .packed_operands import (
     and_pairs,
+    four_times,
     halves,
     in_key_order,
     key_layout,
@@ -28,7 +29,6 @@ from .packed_operands import (
     split_tokens,
     times,
     token_pairs,
-    twice,
     value_layout,
     value_operand,
 )
@@ -101,22 +101,44 @@ def copy_line(shared, words, keep):
 
 
 @gluon.jit
+def minima_scores(
+    key_range,
+    q_unit,
+    HIGH_FACTOR: gl.constexpr,
+    D: gl.constexpr,
+    GROUPS: gl.constexpr,
+    A: gl.constexpr,
+    C: gl.constexpr,
+):
+    """Products of query and key minima, times 2**-24, as the scores' start: [32, N] of either half page (the high one
+    times HIGH_FACTOR). One product of 16 rows, eight equal ones of each half.
+    """
+    n: gl.constexpr = q_unit.shape[1]
+    CHANNELS: gl.constexpr = channel_layout(D // 2)
+    ACROSS: gl.constexpr = gl.SliceLayout(0, A)
+    tile = gl.full([16, D], 0.0, gl.float16, A)
+    minimum = halves(key_range.slice(0, D // 2).load(CHANNELS))
+    rows = like(gl.expand_dims(gl.convert_layout(in_key_order(minimum, D), ACROSS), 0), tile)
+    if GROUPS > 1:
+        minimum = halves(key_range.slice((GROUPS - 1) * (D // 2), D // 2).load(CHANNELS))
+        high_rows = like(gl.expand_dims(gl.convert_layout(in_key_order(minimum, D), ACROSS), 0), tile)
+        is_low = gl.arange(0, 16, gl.SliceLayout(1, A)) < 8
+        rows = gl.where(gl.expand_dims(is_low, 1), rows, high_rows)
+    first = mma_v2(rows, q_unit, gl.full([16, n], 0.0, gl.float32, C)) * 5.9604644775390625e-08
+    low, high = gl.split(gl.permute(gl.reshape(first, [2, 8, n]), [1, 2, 0]))
+    return four_times(low, C), four_times(high * HIGH_FACTOR, C)
+
+
+@gluon.jit
 def scores(
-    k, key_range, GROUP: gl.constexpr, q_unit, FACTOR: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr,
-    A: gl.constexpr, B: gl.constexpr, C: gl.constexpr,
+    k, key_range, GROUP: gl.constexpr, q_unit, first, D: gl.constexpr, GROUPS: gl.constexpr, B: gl.constexpr
 ):  # fmt: skip
-    """Raw scores [32, N] of a half page: codes times (query times step), from the minima on; times 2**-24 (and FACTOR).
+    """Raw scores [32, N] of a half page, times 2**-24: codes times (query times step), added to `first`.
 
     k: the codes as left operand. key_range: the page's minima then steps in shared memory, [GROUPS * D] words; GROUP
     is the logical page.
     """
-    n: gl.constexpr = q_unit.shape[1]
     CHANNELS: gl.constexpr = channel_layout(D // 2)
-    minimum = halves(key_range.slice(GROUP * (D // 2), D // 2).load(CHANNELS))
-    minimum = gl.convert_layout(in_key_order(minimum, D), gl.SliceLayout(0, A))
-    rows = like(gl.expand_dims(minimum, 0), gl.full([16, D], 0.0, gl.float16, A))
-    first = mma_v2(rows, q_unit, gl.full([16, n], 0.0, gl.float32, C))
-    first = twice(first * (FACTOR * 5.9604644775390625e-08), C)
     step = halves(key_range.slice((GROUPS + GROUP) * (D // 2), D // 2).load(CHANNELS))
     step = gl.convert_layout(in_key_order(step, D), gl.SliceLayout(1, B))
     return mma_v2(k, times(q_unit, gl.expand_dims(step, 1)), first)
@@ -132,15 +154,17 @@ def page_scores(
     """
     LAYOUT: gl.constexpr = key_layout(D // 4)
     if BITS == 4:
+        low, high = minima_scores(key_range, q_unit, 16.0, D, GROUPS, A, C)
         b0, b1, b2, b3, c0, c1, c2, c3 = and_pairs(keys.load(LAYOUT), 4)
-        low = scores(key_operand(b0, b1, b2, b3, A), key_range, 0, q_unit, 1.0, D, GROUPS, A, B, C)
-        high = scores(key_operand(c0, c1, c2, c3, A), key_range, GROUPS - 1, q_unit, 16.0, D, GROUPS, A, B, C)
+        low = scores(key_operand(b0, b1, b2, b3, A), key_range, 0, q_unit, low, D, GROUPS, B)
+        high = scores(key_operand(c0, c1, c2, c3, A), key_range, GROUPS - 1, q_unit, high, D, GROUPS, B)
         return low, high * 0.0625
     else:
+        low, high = minima_scores(key_range, q_unit, 1.0, D, GROUPS, A, C)
         b0, b1, b2, b3 = and_pairs(keys.slice(0, 32).load(LAYOUT), 8)
-        low = scores(key_operand(b0, b1, b2, b3, A), key_range, 0, q_unit, 1.0, D, GROUPS, A, B, C)
+        low = scores(key_operand(b0, b1, b2, b3, A), key_range, 0, q_unit, low, D, GROUPS, B)
         c0, c1, c2, c3 = and_pairs(keys.slice(32, 32).load(LAYOUT), 8)
-        high = scores(key_operand(c0, c1, c2, c3, A), key_range, GROUPS - 1, q_unit, 1.0, D, GROUPS, A, B, C)
+        high = scores(key_operand(c0, c1, c2, c3, A), key_range, GROUPS - 1, q_unit, high, D, GROUPS, B)
         return low, high
 
 

@@ -253,9 +253,10 @@ def in_row_order(x):
 
 
 @gluon.jit
-def twice(x, LAYOUT: gl.constexpr):
-    """[16, N] stacked on itself, [32, N]."""
-    return gl.convert_layout(gl.reshape(gl.permute(gl.join(x, x), [2, 0, 1]), [32, x.shape[1]]), LAYOUT)
+def four_times(x, LAYOUT: gl.constexpr):
+    """[8, N] stacked four times, [32, N]."""
+    x = gl.join(gl.join(x, x), gl.join(x, x))
+    return gl.convert_layout(gl.reshape(gl.permute(x, [2, 3, 0, 1]), [32, x.shape[1]]), LAYOUT)
 
 
 @gluon.jit

@@ -1,9 +1,9 @@
 """Triton kernels of `page_select`: bounds, candidates, masses, choice. Each exits at once where no sequence chooses
 in this step.
 
-The top pages of a row are found without sorting: a score's bits, made monotone, are searched from the highest bit
-down for the largest threshold that still keeps enough pages; among equal scores at the threshold the lower indices
-are taken.
+Each kernel may start while the one ahead still runs (see `overlap.py`) and reads what that one wrote after
+`after_previous`. Only the first, the bounds, waits before anything else; the others' batch and query are then safe to
+read from their start.
 """
 
 import torch
@@ -12,6 +12,8 @@ import triton.language as tl
 
 from ..views import DecodeBatch, LayerView, Selection
 from .codec import INTERPRETED, dequantize, load_codes, load_halves, math_dtype, pool_views
+from .overlap import after_previous, can_overlap, let_next_start
+from .top_pages import keys_of, take
 from .work import (
     candidate_bound,
     chooses,
@@ -28,6 +30,8 @@ if not INTERPRETED:
 
 BOUND_PAGES = 16
 BOUND_PROGRAMS = 8
+BOUND_STAGES = 4
+BOUND_WARPS = 2
 PROGRAMS_PER_MULTIPROCESSOR = 4
 MIN_UNITS = 2
 LOG2_E = 1.4426950408889634
@@ -48,91 +52,62 @@ def _bounds_kernel(
     num_batch, scale, query_stride_b, query_stride_h, page_stride, slot_stride, table_stride, bounds_stride,
     RETRIEVAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     P: tl.constexpr, GROUPS: tl.constexpr, HALF_LEVELS: tl.constexpr, KEY_MIN: tl.constexpr, KEY_STEP: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_B: tl.constexpr, PAGES: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_B: tl.constexpr, PAGES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """First stage: bounds float32 [B, R, pages] of every sealed page, always-kept ones too."""
+    """First stage: bounds float32 [B, R, pages] of every sealed page, always-kept ones too. Tiles of PAGES pages of all
+    sequences and heads are cut into equal runs, read STAGES - 1 ahead.
+    """
+    after_previous(PDL)
+    let_next_start(PDL)
     position, budget, chosen = _load_sequences(positions, budgets, reselects, num_batch, BLOCK_B, P)
-    if tl.max(chosen.to(tl.int32), 0) == 0:
-        return
     ends = tl.cumsum(tl.where(chosen, tl.cdiv(sealed_pages(position, P), PAGES) * RETRIEVAL, 0), 0)
     total = tl.max(ends, 0)
+    num_runs = runs(total, tl.num_programs(0), 1)
+    unit = run_start(tl.program_id(0), total, num_runs)
+    last = run_start(tl.program_id(0) + 1, total, num_runs)
     g = tl.arange(0, BLOCK_G)
     columns = tl.arange(0, BLOCK_D)
     r = tl.arange(0, PAGES * GROUPS)
     in_query = (g < GROUP)[:, None] & (columns < D)[None, :]
-    for unit in range(tl.program_id(0), total, tl.num_programs(0)):
+    while unit < last:
         b, first = sequence_of(ends, unit)
         sealed = sealed_pages(tl.load(positions + b), P)
-        blocks = tl.cdiv(sealed, PAGES)
-        order = (unit - first) // blocks
-        page = (unit - first) % blocks * PAGES + r // GROUPS
+        tiles = tl.cdiv(sealed, PAGES)
+        order = (unit - first) // tiles
+        start = (unit - first) % tiles
+        stop = tl.minimum(start + last - unit, tiles)
+        unit += stop - start
         head = tl.load(retrieval_heads + order).to(tl.int32)
-        exists = page < sealed
-        page_id = tl.load(retrieval_table + b.to(tl.int64) * table_stride + page, mask=exists, other=0).to(tl.int64)
-        slot = page_id * page_stride + tl.load(head_slots + head).to(tl.int64) * slot_stride
-        at = tl.multiple_of(slot // 2 + r % GROUPS * D, 8)[:, None] + columns[None, :]
-        mask = exists[:, None] & (columns < D)[None, :]
-        minimum = tl.load(pool_half + at + KEY_MIN // 2, mask=mask, other=0).to(DTYPE)
-        step = tl.load(pool_half + at + KEY_STEP // 2, mask=mask, other=0).to(DTYPE)
+        slot = tl.multiple_of(tl.load(head_slots + head).to(tl.int64) * slot_stride, 16)
+        table = retrieval_table + b.to(tl.int64) * table_stride
         q_pointers = (
             query + b.to(tl.int64) * query_stride_b + (head * GROUP + g)[:, None] * query_stride_h + columns[None, :]
         )
         q = tl.load(q_pointers, mask=in_query, other=0).to(DTYPE)
-        # q . centre + |q| . radius, with centre = minimum + radius, and q + |q| exact in any float format
-        score = tl.dot(q, tl.trans(minimum), input_precision="ieee")
-        score += tl.dot(q + tl.abs(q), tl.trans(step), input_precision="ieee") * HALF_LEVELS
-        score = tl.max(tl.where((g < GROUP)[:, None], score * scale, float("-inf")), 0)
-        if GROUPS > 1:
-            score = tl.max(tl.reshape(score, (PAGES, GROUPS)), 1)
-        listed = (unit - first) % blocks * PAGES + tl.arange(0, PAGES)
-        target = bounds + (b * RETRIEVAL + order).to(tl.int64) * bounds_stride + listed
-        tl.store(target, score, mask=listed < sealed)
-
-
-@triton.jit
-def _monotone(x):
-    """float32 to uint32 with the same order; every number but NaN maps above 0."""
-    bits = x.to(tl.uint32, bitcast=True)
-    return bits ^ tl.where(bits >> 31 != 0, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
-
-
-@triton.jit
-def _add3(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, a2 + b2
-
-
-@triton.jit
-def _take(keys, eligible, kept, count):
-    """Takes all kept entries and of the eligible the `count` largest keys (uint32); ties go to the lower index.
-
-    Returns which are taken, each taken entry's place among them, and how many they are.
-    """
-    keys = tl.where(eligible, keys, 0)
-    threshold = tl.max(keys * 0, 0).to(tl.uint32)
-    for i in range(16):
-        bit = tl.full((), 0x40000000, tl.uint32) >> (2 * i)
-        first, second, third = threshold + bit, threshold + 2 * bit, threshold + 3 * bit
-        above = ((keys >= first).to(tl.int32), (keys >= second).to(tl.int32), (keys >= third).to(tl.int32))
-        n1, n2, n3 = tl.reduce(above, 0, _add3)
-        threshold = tl.where(n3 >= count, third, tl.where(n2 >= count, second, tl.where(n1 >= count, first, threshold)))
-    above = eligible & (keys > threshold)
-    equal = eligible & (keys == threshold)
-    room = tl.maximum(count - tl.sum(above.to(tl.int32), 0), 0)
-    sure = above | kept
-    if keys.shape[0] <= 32768:  # one scan for both counts
-        scanned = tl.cumsum(sure.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
-        num_sure, num_equal = scanned & 0xFFFF, scanned >> 16
-    else:
-        num_sure, num_equal = tl.cumsum(sure.to(tl.int32), 0), tl.cumsum(equal.to(tl.int32), 0)
-    place = num_sure + tl.minimum(num_equal, room) - 1
-    return sure | (equal & (num_equal <= room)), place, tl.max(place, 0) + 1
+        reach = q + tl.abs(q)
+        target = bounds + (b * RETRIEVAL + order).to(tl.int64) * bounds_stride
+        for tile in tl.range(start, stop, num_stages=STAGES):
+            page = tl.minimum(tile * PAGES + r // GROUPS, sealed - 1)
+            page_id = tl.load(table + page).to(tl.int64)
+            at = tl.multiple_of((page_id * page_stride + slot) // 2 + r % GROUPS * D, 8)[:, None] + columns[None, :]
+            mask = (columns < D)[None, :] & (r >= 0)[:, None]
+            minimum = tl.load(pool_half + at + KEY_MIN // 2, mask=mask, other=0).to(DTYPE)
+            step = tl.load(pool_half + at + KEY_STEP // 2, mask=mask, other=0).to(DTYPE)
+            # q . centre + |q| . radius, with centre = minimum + radius, and q + |q| exact in any float format
+            score = tl.dot(q, tl.trans(minimum), input_precision="ieee")
+            score += tl.dot(reach, tl.trans(step), input_precision="ieee") * HALF_LEVELS
+            score = tl.max(tl.where((g < GROUP)[:, None], score * scale, float("-inf")), 0)
+            if GROUPS > 1:
+                score = tl.max(tl.reshape(score, (PAGES, GROUPS)), 1)
+            listed = tile * PAGES + tl.arange(0, PAGES)
+            tl.store(target + listed, score, mask=listed < sealed)
 
 
 @triton.jit
 def _candidates_kernel(
     bounds, pages_out, counts_out, rows, retrieval_heads, positions, budgets, reselects,
     factor, sink_size, window, bounds_stride, pages_stride_r, pages_stride_h, counts_stride_r, width,
-    RETRIEVAL: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, FINAL: tl.constexpr,
+    RETRIEVAL: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, FINAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The best pages by their bounds and the always-kept ones, ascending: candidates, or with FINAL the choice
     itself.
@@ -141,24 +116,27 @@ def _candidates_kernel(
     order = tl.program_id(0) % RETRIEVAL
     position = tl.load(positions + b)
     budget = tl.load(budgets + b)
-    if chooses(position, budget, tl.load(reselects + b), P):
-        sealed = sealed_pages(position, P)
-        page = tl.arange(0, BLOCK)
-        sink_pages = (sink_size + P - 1) // P
-        kept = (page < sealed) & ((page < sink_pages) | (page >= first_window_page(position, window, P)))
-        others = (page < sealed) & ~kept
-        score = tl.load(bounds + tl.program_id(0).to(tl.int64) * bounds_stride + page, mask=others, other=0.0)
-        if FINAL:
-            count = budget - 1 - tl.sum(kept.to(tl.int32), 0)
-            row = tl.load(rows + b).to(tl.int64)
-            head = tl.load(retrieval_heads + order)
-        else:
-            count = factor * budget
-            row = b
-            head = order.to(tl.int64)
-        taken, place, total = _take(_monotone(score), others, kept, count)
-        target = pages_out + row * pages_stride_r + head * pages_stride_h
-        tl.store(target + place, page, mask=taken & (place < width))
+    choosing = chooses(position, budget, tl.load(reselects + b), P)
+    sealed = sealed_pages(position, P)
+    page = tl.arange(0, BLOCK)
+    sink_pages = (sink_size + P - 1) // P
+    real = page < sealed
+    kept = real & ((page < sink_pages) | (page >= first_window_page(position, window, P)))
+    if FINAL:
+        count = budget - 1
+        row = tl.load(rows + b).to(tl.int64)
+        head = tl.load(retrieval_heads + order)
+    else:
+        count = factor * budget + tl.sum(kept.to(tl.int32), 0)
+        row = b
+        head = order.to(tl.int64)
+    after_previous(PDL)
+    let_next_start(PDL)
+    if choosing:
+        score = tl.load(bounds + tl.program_id(0).to(tl.int64) * bounds_stride + page, mask=real, other=0.0)
+        taken, place, total = take(keys_of(score, kept, real), count)
+        target = row * pages_stride_r + head * pages_stride_h
+        tl.store(pages_out + target + place, page, mask=taken & (place < width))
         tl.store(counts_out + row * counts_stride_r + head, total)
 
 
@@ -172,6 +150,7 @@ def _masses_kernel(
     RETRIEVAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     HALF: tl.constexpr, LOGICAL: tl.constexpr, KEY_BITS: tl.constexpr, KEY_MIN: tl.constexpr, KEY_STEP: tl.constexpr,
     DTYPE: tl.constexpr, TAIL_DTYPE: tl.constexpr, BLOCK_B: tl.constexpr, MIN_UNITS: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Second stage: base-2 log-sum-exp of every listed page's scores, float32 [B, R, group_size, width + 1]; the own
     page's is last.
@@ -190,6 +169,8 @@ def _masses_kernel(
     rows = tl.arange(0, HALF)
     columns = tl.arange(0, BLOCK_D)
     in_query = (g < GROUP)[:, None] & (columns < D)[None, :]
+    after_previous(PDL)
+    let_next_start(PDL)
     while unit < last:
         b, first = sequence_of(ends, unit)
         position = tl.load(positions + b)
@@ -247,16 +228,24 @@ def _choice_kernel(
     masses, candidates, candidate_counts, chosen, chosen_counts, rows, retrieval_heads, positions, budgets, reselects,
     sink_size, window, width, chosen_stride_r, chosen_stride_h, counts_stride_r, chosen_width,
     RETRIEVAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Softmax of the masses per query head, mean over the group, the best pages within the budget, ascending."""
     pair = tl.program_id(0).to(tl.int64)
     b = pair // RETRIEVAL
     position = tl.load(positions + b)
     budget = tl.load(budgets + b)
-    if chooses(position, budget, tl.load(reselects + b), P):
-        j = tl.arange(0, BLOCK)
-        real = j < tl.load(candidate_counts + pair)
-        page = tl.load(candidates + pair * width + j, mask=real, other=0)
+    choosing = chooses(position, budget, tl.load(reselects + b), P)
+    row = tl.load(rows + b).to(tl.int64)
+    head = tl.load(retrieval_heads + pair % RETRIEVAL)
+    j = tl.arange(0, BLOCK)
+    real = choosing & (j < tl.load(candidate_counts + pair))
+    page = tl.load(candidates + pair * width + j, mask=real, other=0)
+    sink_pages = (sink_size + P - 1) // P
+    kept = real & ((page < sink_pages) | (page >= first_window_page(position, window, P)))
+    after_previous(PDL)
+    let_next_start(PDL)
+    if choosing:
         member = tl.arange(0, BLOCK_G)
         source = masses + (pair * GROUP + member) * (width + 1)
         in_group = member < GROUP
@@ -266,20 +255,15 @@ def _choice_kernel(
         weight = tl.exp2(mass - highest[:, None])
         scale = 1.0 / ((tl.sum(weight, 1) + tl.exp2(own - highest)) * GROUP)
         share = tl.sum(weight * scale[:, None], 0)
-        sink_pages = (sink_size + P - 1) // P
-        kept = real & ((page < sink_pages) | (page >= first_window_page(position, window, P)))
-        count = budget - 1 - tl.sum(kept.to(tl.int32), 0)
-        taken, place, total = _take(_monotone(share), real & ~kept, kept, count)
-        row = tl.load(rows + b).to(tl.int64)
-        head = tl.load(retrieval_heads + pair % RETRIEVAL)
+        taken, place, total = take(keys_of(share, kept, real), budget - 1)
         target = chosen + row * chosen_stride_r + head * chosen_stride_h
         tl.store(target + place, page, mask=taken & (place < chosen_width))
         tl.store(chosen_counts + row * counts_stride_r + head, total)
 
 
 def _warps(block: int) -> int:
-    """Warps that keep a row of `block` scores in registers."""
-    return min(max(block // 1024, 2), 32)
+    """Warps for a row of `block` scores: eight a thread, while that many warps exist."""
+    return min(max(block // 256, 2), 16)
 
 
 def page_select(
@@ -307,10 +291,12 @@ def page_select(
     codes, half = pool_views(layer.retrieval_pool, layout)
     sequences = (batch.positions, batch.budget_pages, batch.reselect)
     chosen_strides = (selection.pages.stride(0), selection.pages.stride(1), selection.counts.stride(0))
+    overlap = can_overlap(device)
+    launch = {"PDL": overlap, "launch_pdl": overlap}
     bounds = torch.empty(pairs, max_pages, dtype=torch.float32, device=device)
-    blocks = pairs * triton.cdiv(max_pages, BOUND_PAGES)
+    tiles = pairs * triton.cdiv(max_pages, BOUND_PAGES)
     scale = layer.scale * LOG2_E
-    _bounds_kernel[(min(blocks, num_programs(query, BOUND_PROGRAMS)),)](
+    _bounds_kernel[(min(tiles, num_programs(query, BOUND_PROGRAMS)),)](
         query, bounds, half, layer.head_slots, layer.retrieval_heads, *sequences, batch.retrieval_table,
         num_batch, layer.scale, *query.stride()[:2], layer.retrieval_pool.stride(0), layout.slot_bytes,
         batch.retrieval_table.stride(0), max_pages,
@@ -318,7 +304,7 @@ def page_select(
         P=layout.page_size, GROUPS=layout.num_groups, HALF_LEVELS=layout.key_levels / 2,
         KEY_MIN=layout.key_min, KEY_STEP=layout.key_step,
         DTYPE=tl.float32 if query.dtype == torch.float32 else tl.float16, BLOCK_B=block_b, PAGES=BOUND_PAGES,
-        num_warps=2,
+        STAGES=BOUND_STAGES, num_warps=BOUND_WARPS, **launch,
     )  # fmt: skip
     block = max(triton.next_power_of_2(max_pages), 16)
     if two_stage:
@@ -334,6 +320,7 @@ def page_select(
         bounds, pages_out, counts_out, batch.rows, layer.retrieval_heads, *sequences,
         candidate_factor, sink_size, window, max_pages, *strides, width,
         RETRIEVAL=num_retrieval, P=layout.page_size, BLOCK=block, FINAL=not two_stage, num_warps=_warps(block),
+        **launch,
     )  # fmt: skip
     if not two_stage:
         return
@@ -347,11 +334,11 @@ def page_select(
     )  # fmt: skip
     common = {
         "RETRIEVAL": num_retrieval, "GROUP": group, "D": head_dim, "LOGICAL": layout.logical_page_size,
-        "KEY_BITS": layout.key_bits, "KEY_MIN": layout.key_min, "BLOCK_B": block_b, "MIN_UNITS": MIN_UNITS,
+        "KEY_BITS": layout.key_bits, "KEY_MIN": layout.key_min, "BLOCK_B": block_b, "MIN_UNITS": MIN_UNITS, **launch,
     }  # fmt: skip
     if not INTERPRETED and packed.supports(layout, query, layer.tail_key, group):
-        key_bytes = layout.value_codes
-        programs = num_programs(query, packed.programs_per_multiprocessor(key_bytes * select_packed.STAGES, 12))
+        ring = layout.value_codes * select_packed.STAGES
+        programs = num_programs(query, packed.programs_per_multiprocessor(ring, select_packed.PROGRAMS))
         select_packed.launch(programs, query, masses, codes, *arguments, N=8 if group <= 8 else 16, **common)
     else:
         tail_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(query.dtype, tl.float32)
@@ -366,5 +353,5 @@ def page_select(
         masses, pages_out, counts_out, selection.pages, selection.counts, batch.rows, layer.retrieval_heads, *sequences,
         sink_size, window, width, *chosen_strides, selection.pages.shape[2],
         RETRIEVAL=num_retrieval, GROUP=group, BLOCK_G=triton.next_power_of_2(group), P=layout.page_size, BLOCK=block,
-        num_warps=_warps(block * triton.next_power_of_2(group)),
+        num_warps=_warps(block * min(group, 2)), **launch,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from . import work
+from . import overlap, work
 from .packed import KEY_SHARED, LINE_SHARED, copy_line, copy_tile, page_scores, unit_query
 from .packed_operands import key_channel
 
@@ -18,8 +18,14 @@ candidate_bound = gluon.jit(work.candidate_bound.fn)
 always_kept = gluon.jit(work.always_kept.fn)
 chooses = gluon.jit(work.chooses.fn)
 sequence_of = gluon.jit(work.sequence_of.fn)
+after_previous = gluon.jit(overlap.after_previous.fn)
+let_next_start = gluon.jit(overlap.let_next_start.fn)
 
-STAGES = 3
+STAGES = 2
+PROGRAMS = 16
+"""At most so many a multiprocessor."""
+REGISTERS = 128
+"""So that as many fit: of 4-bit keys, without spills. Of 8-bit keys shared memory holds fewer."""
 
 
 @gluon.jit
@@ -45,7 +51,7 @@ def _masses_packed_kernel(
     tk_stride_r, tk_stride_h, tk_stride_t,
     RETRIEVAL: gl.constexpr, GROUP: gl.constexpr, N: gl.constexpr, D: gl.constexpr, LOGICAL: gl.constexpr,
     KEY_BITS: gl.constexpr, KEY_MIN: gl.constexpr, BLOCK_B: gl.constexpr, MIN_UNITS: gl.constexpr, STAGES: gl.constexpr,
-    num_warps: gl.constexpr,
+    PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Base-2 log-sum-exp of every listed page's scores, float32 [B, R, group_size, width + 1]; the own page's is
     last.
@@ -77,6 +83,8 @@ def _masses_packed_kernel(
     column = gl.arange(0, N, COLUMN)
     keys = gl.allocate_shared_memory(gl.int32, [STAGES, 8 * KEY_BITS, W], KEY_SHARED)
     key_ranges = gl.allocate_shared_memory(gl.int32, [STAGES, GROUPS * D], LINE_SHARED)
+    after_previous(PDL)
+    let_next_start(PDL)
     while unit < last:
         b, first = sequence_of(ends, unit)
         own_position = gl.load(positions + b)
@@ -152,5 +160,6 @@ def launch(
 ) -> None:
     """Launches the kernel; codes: the pool, uint8."""
     _masses_packed_kernel[(programs,)](
-        query, masses, codes.view(torch.int32), *rest, **constants, STAGES=STAGES, num_warps=1
-    )
+        query, masses, codes.view(torch.int32), *rest, **constants, STAGES=STAGES, num_warps=1,
+        maxnreg=REGISTERS if constants["KEY_BITS"] == 4 else None,
+    )  # fmt: skip
