@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
-from lserve.engine.config import BLOCK_SIZE, PAGE_SIZE
+from lserve.engine.config import BLOCK_SIZE, PAGE_SIZE, RESUME_INTERVAL
 from lserve.engine.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -53,6 +53,11 @@ class Handoff:
                 reached = max(reached, end)
         return reached // BLOCK_SIZE * BLOCK_SIZE
 
+    @property
+    def _prompt_start(self) -> bytes:
+        chain, pages = self._reservation.chain, RESUME_INTERVAL // PAGE_SIZE
+        return chain[pages - 1] if len(chain) >= pages else b""
+
     async def run(self, hint: PrefixHint) -> ChunkReady | None:
         """The last chunk once all pages and the tail are here; None when no prefill worker can do it.
 
@@ -60,7 +65,7 @@ class Handoff:
         """
         for attempt in range(ATTEMPTS):
             prefer = () if attempt else hint.worker_ids
-            message = PrefillRequest(self._request, self.have_tokens, hint.num_tokens, prefer)
+            message = PrefillRequest(self._request, self.have_tokens, hint.num_tokens, prefer, self._prompt_start)
             try:
                 return await self._attempt(message)
             except (InvalidRequestError, DeadlineExceededError):

@@ -16,7 +16,16 @@ from lserve.engine.results import ChunkReady
 if TYPE_CHECKING:  # transfer brings torch, which a router does without
     from lserve.engine.transfer import PeerMetadata
 
-__all__ = ["ChunkReady", "LeaseCall", "PrefillRequest", "PrefillStarted", "PrefixHint", "WorkerInfo", "WorkerLoad"]
+__all__ = [
+    "ChunkReady",
+    "LeaseCall",
+    "PrefillLoad",
+    "PrefillRequest",
+    "PrefillStarted",
+    "PrefixHint",
+    "WorkerInfo",
+    "WorkerLoad",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +67,20 @@ class WorkerLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillLoad:
+    """How much a prefill worker has to do. queued_tokens: prompt tokens left, of prompts in progress and waiting."""
+
+    worker_id: str
+    queued_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillRequest:
     """Asks a prefill worker for a prompt's pages.
 
     have_tokens: leading tokens whose pages the decode worker holds already: they are not announced.
     known_tokens: the longest prefix that the directory knows; worth looking for in Redis.
+    start: chain hash of the prompt's first 1,024 tokens, empty if it is shorter.
     prefer: prefill workers to call, best first; read by `routing.AddressedRouter`, not by the worker.
     """
 
@@ -70,6 +88,7 @@ class PrefillRequest:
     have_tokens: int = 0
     known_tokens: int = 0
     prefer: tuple[str, ...] = ()
+    start: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from .api import Api
 from .directory import Directory
 from .metrics import Metrics, ServeInstrument
 from .prefix_lookup import PrefixLookup
+from .replica_logging import log_to_stderr
 from .router import RouterCore, Tokenizer
 from .serve_pool import ServePool
 from .settings import Settings, cluster_secret
@@ -29,6 +30,7 @@ class Router:
     def __init__(
         self, settings: Settings, decode: "DeploymentHandle[object]", tokenizer: Tokenizer | None = None
     ) -> None:
+        log_to_stderr()
         if tokenizer is None:
             tokenizer = _load_tokenizer(settings)
         pool = ServePool(decode)

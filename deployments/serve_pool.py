@@ -1,8 +1,6 @@
 """The decode workers behind a Ray Serve handle."""
 
 import asyncio
-import logging
-from collections import defaultdict
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import cast
@@ -15,14 +13,12 @@ from lserve.engine.config import PAGE_SIZE
 from lserve.engine.errors import WorkerLostError
 from lserve.engine.request import Output, Request
 
+from .choices import DecodeChoice
+from .load_poll import LoadPoll
 from .messages import PrefixHint, WorkerInfo, WorkerLoad
 from .serve_errors import SERVE_ERRORS, translated
 
-BUSY_POLL_S, IDLE_POLL_S = 0.25, 2.0
-ANSWER_TIMEOUT_S = 2.0
 INFO_TIMEOUT_S = 10.0
-
-logger = logging.getLogger(__name__)
 
 
 class ServePool:
@@ -35,13 +31,13 @@ class ServePool:
         self._handle = handle
         self._stream = handle.options(method_name="generate", stream=True)
         self._info: WorkerInfo | None = None
-        self._loads: dict[str, WorkerLoad] = {}
-        self._sent_pages: defaultdict[str, int] = defaultdict(int)
-        self._polling: asyncio.Task[None] | None = None
+        self._choice = DecodeChoice()
+        self._poll = LoadPoll(handle, WorkerLoad, self._choice)
 
     async def generate(self, request: Request, hint: PrefixHint) -> AsyncGenerator[list[Output], None]:
         """Outputs of the request from the least loaded worker, until it is done or the generator is closed."""
-        call = self._stream.remote(request, replace(hint, prefer=self._choose(request)))
+        num_pages = len(request.input_token_ids) // PAGE_SIZE + request.sampling.n
+        call = self._stream.remote(request, replace(hint, prefer=self._choice.rank(num_pages)))
         response = cast("DeploymentResponseGenerator[list[Output]]", call)
         finished = False
         try:
@@ -64,34 +60,10 @@ class ServePool:
                 raise WorkerLostError("no decode worker answers") from None
             except (RayError, DeploymentUnavailableError) as error:
                 raise translated(error) from error
-            self._info, self._polling = info, asyncio.create_task(self._poll())
+            self._info = info
+            self._poll.start()
         return self._info
 
     async def ready(self) -> bool:
         """Whether any worker answers within two seconds: its model is loaded, and its engine's thread takes calls."""
-        return any(isinstance(answer, WorkerLoad) for answer in await self._ask("load"))
-
-    def _choose(self, request: Request) -> tuple[str, ...]:
-        if len(self._loads) < 2:
-            return ()
-        pages = {worker: load.reserved_pages + self._sent_pages[worker] for worker, load in self._loads.items()}
-        ranked = sorted(pages, key=pages.__getitem__)
-        self._sent_pages[ranked[0]] += len(request.input_token_ids) // PAGE_SIZE + request.sampling.n
-        return tuple(ranked)
-
-    async def _poll(self) -> None:
-        while True:
-            is_busy = len(self._loads) > 1 and bool(self._sent_pages)
-            self._sent_pages.clear()
-            answers = await self._ask("load")
-            loads = [answer for answer in answers if isinstance(answer, WorkerLoad)]
-            self._loads = {load.worker_id: load for load in loads}
-            await asyncio.sleep(BUSY_POLL_S if is_busy else IDLE_POLL_S)
-
-    async def _ask(self, method: str) -> list[object]:
-        try:
-            broadcast = self._handle.broadcast(method)
-            return list(await broadcast.results_async(timeout_s=ANSWER_TIMEOUT_S, return_exceptions=True))
-        except Exception as error:
-            logger.warning("no decode worker answers to %s: %s", method, error)
-            return []
+        return bool(await self._poll.ask())
