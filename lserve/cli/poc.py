@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """What is measured. make_settings: from the longest prompt. limit: of a prompt, tokens. second: of what a cost is."""
+    """What is measured. make_settings: from the longest prompt. limit: of a prompt, tokens. second: of what cost is."""
 
     make_settings: "Callable[[int], list[Setting]]"
     limit: int
