@@ -21,9 +21,10 @@ from lserve.engine.request import AttentionOptions
 from lserve.quality import heat_map, report
 from lserve.quality.asker import Asker
 from lserve.quality.gates import Gate, parse_gate
-from lserve.quality.registry import NEEDLES, TASKS, layouts
+from lserve.quality.registry import DEFAULT, NEEDLES, TASKS, layouts
 from lserve.quality.suite import Design, Result, State, run_suite
 from lserve.quality.summary import Summary, TextRow, summarize
+from lserve.quality.tasks import MAX_QUESTIONS
 from lserve.quality.text import load_text
 
 from .local_settings import local_settings
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 DENSE = ("sparsity.token_budget=null", "sparsity.head_profile=null", "sparsity.prefill_sparse_from=null")
 """Fully dense: no budget, no streaming heads, no block estimator."""
+
+MIN_LENGTH = 500
+"""Tokens of the shortest document: below, the facts alone are longer."""
 
 ANSWER_ROOM = 64
 """Tokens that a document may be longer than it was made for, with its question and reply."""
@@ -56,7 +60,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--budgets", type=_numbers, default=(), help="more arms: requests with these token budgets")
     parser.add_argument("--data", action="append", default=[], metavar="FILE", help="text to build documents of")
     parser.add_argument("--lengths", type=_numbers, default=(7500,), help="tokens, with commas; default 7500")
-    parser.add_argument("--tasks", help=f"with commas; default all: {', '.join(TASKS)}")
+    parser.add_argument("--tasks", help=f"with commas, of: {', '.join(TASKS)}; default all but single")
     parser.add_argument("--documents", type=_count, default=10, help="of each length and task; default 10")
     parser.add_argument("--questions", type=_count, default=10, help="of each task in a document; default 10")
     parser.add_argument("--passages", type=int, default=2, help="of text, for bits per character; default 2, 0 is none")
@@ -75,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the suite; 0 when all gates held. Raises LServeError."""
     console, started = _console(), time.monotonic()
     gates = [parse_gate(gate) for gate in options.gate]
-    tasks = tuple(TASKS) if options.tasks is None else tuple(name.strip() for name in options.tasks.split(","))
+    tasks = DEFAULT if options.tasks is None else tuple(name.strip() for name in options.tasks.split(","))
     design = Design(options.lengths, layouts(tasks), options.documents, options.questions, options.seed)
     source = load_text(options.data)
     _check(options, gates, console)
@@ -130,6 +134,10 @@ def _check(options: argparse.Namespace, gates: Sequence[Gate], console: Console)
                 raise SettingsError(f"{name} is for an engine in this process, not for --url {options.url}")
     elif options.baseline_url:
         raise SettingsError(f"--baseline-url {options.baseline_url} needs --url")
+    if options.questions > MAX_QUESTIONS:
+        raise SettingsError(f"--questions is at most {MAX_QUESTIONS}, got {options.questions}")
+    if min(options.lengths) < MIN_LENGTH:
+        raise SettingsError(f"--lengths start at {MIN_LENGTH} tokens, got {min(options.lengths)}")
     for gate in gates:
         if gate.needs_text and (options.url or options.passages < 1):
             raise SettingsError(f"gate {gate.written!r}: needs bits per character, which need --passages and no --url")

@@ -5,10 +5,26 @@ from collections.abc import Sequence
 from lserve.engine.errors import SettingsError
 
 from .ruler import common_words, frequent_words, variable_tracking
-from .tasks import Plan, multi_key_numbers, multi_key_words, multi_value, people, quote, single
+from .tasks import (
+    Plan,
+    multi_key_numbers,
+    multi_key_words,
+    multi_value,
+    names,
+    numbers,
+    pairs,
+    people,
+    quote,
+    single,
+    words,
+)
 
 TASKS: dict[str, Plan] = {
     "single": single,
+    "numbers": numbers,
+    "words": words,
+    "names": names,
+    "pairs": pairs,
     "multi-key words": multi_key_words,
     "multi-key numbers": multi_key_numbers,
     "multi-value": multi_value,
@@ -20,20 +36,27 @@ TASKS: dict[str, Plan] = {
 }
 
 LAYOUTS = (
-    ("single", "multi-key words", "quote"),
-    ("multi-key numbers", "people", "variable tracking"),
-    ("multi-value", "common words", "frequent words"),
+    ("numbers", "quote"),
+    ("words", "people"),
+    ("names", "variable tracking"),
+    ("pairs", "common words"),
+    ("multi-key words", "multi-key numbers"),
+    ("multi-value", "frequent words"),
+    ("single",),
 )
-"""Tasks that share documents: no two of them ask alike, and together they take a quarter of 7,500 tokens at most."""
+"""Tasks that share documents: two that do not ask alike."""
 
-NEEDLES = ("single", "multi-key words", "multi-key numbers", "multi-value")
+DEFAULT = tuple(task for task in TASKS if task != "single")
+"""Everything once: `single` asks what numbers, words and names ask."""
+
+NEEDLES = ("single", "numbers", "words", "names", "pairs", "multi-key words", "multi-key numbers", "multi-value")
 """The tasks of the heat map."""
 
 
-def layouts(names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+def layouts(chosen: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """The layouts, reduced to these tasks. Raises SettingsError for an unknown one."""
-    for name in names:
+    for name in chosen:
         if name not in TASKS:
             raise SettingsError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
-    chosen = (tuple(task for task in layout if task in names) for layout in LAYOUTS)
-    return tuple(layout for layout in chosen if layout)
+    kept = (tuple(task for task in layout if task in chosen) for layout in LAYOUTS)
+    return tuple(layout for layout in kept if layout)

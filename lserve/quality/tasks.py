@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .cases import Case, Document
+from .relations import NAME_RELATIONS, NUMBER_RELATIONS, PAIRED_RELATIONS, WORD_RELATIONS
 from .text import insert, passage
 from .vocabulary import CITIES, COLOURS, FIRST_NAMES, GROUPS, JOBS, SURNAMES, THINGS, WORDS
+
+MAX_QUESTIONS = 12
+"""Of one task in one document: there are only so many relations."""
 
 RESERVED_TOKENS = 120
 """Room in the length for the chat template, the question and the reply."""
@@ -49,24 +53,38 @@ def fact(relation: str, value: str) -> str:
     return f"The {relation} is {value}. Remember it. {_capital(value)} is the {relation}."
 
 
+def numbers(draw: random.Random, text: str, questions: int) -> Planted:
+    """Single needles: different relations, five-digit numbers."""
+    relations = draw.sample(NUMBER_RELATIONS, min(questions, len(NUMBER_RELATIONS)))
+    return _facts("numbers", draw, list(zip(relations, _numbers(draw, len(relations)), strict=True)))
+
+
+def words(draw: random.Random, text: str, questions: int) -> Planted:
+    """Single needles: different relations, everyday words."""
+    return _single("words", draw, WORD_RELATIONS, questions)
+
+
+def names(draw: random.Random, text: str, questions: int) -> Planted:
+    """Single needles: different relations, names of people and places."""
+    return _single("names", draw, NAME_RELATIONS, questions)
+
+
 def single(draw: random.Random, text: str, questions: int) -> Planted:
-    """Needles of different kinds, none of which has a distractor."""
-    numbers, words = _numbers(draw, 4), draw.sample(WORDS, 3)
-    relations = [
-        ("phone number of Mr. Lighthouse", numbers[0]),
-        ("secret word of the sailors", words[0]),
-        ("pass key for the north gate", numbers[1]),
-        ("hometown of the old captain", draw.choice(CITIES)),
-        ("favourite fruit of Mrs. Palmer", draw.choice(("mango", "banana", "cherry", "lemon", "apricot", "coconut"))),
-        ("colour of the mayor's coat", draw.choice(COLOURS)),
-        ("code of the blue safe", numbers[2]),
-        ("name of the miller's dog", draw.choice(FIRST_NAMES)),
-        ("password of the library", words[1]),
-        ("number of the lost ticket", numbers[3]),
-        ("profession of Mr. Winterbottom", draw.choice(JOBS)),
-        ("name of the white ship", _capital(words[2])),
-    ]
-    return _facts("single", draw, draw.sample(relations, min(questions, len(relations))))
+    """Single needles of all three kinds, mixed: for documents that should hold few facts."""
+    relations = [*zip(NUMBER_RELATIONS, [_numbers(draw, 1) for _ in NUMBER_RELATIONS], strict=True)]
+    third = -(-questions // 3)
+    mixed = [*draw.sample(relations, third), *draw.sample(WORD_RELATIONS, third), *draw.sample(NAME_RELATIONS, third)]
+    return _single("single", draw, mixed, questions)
+
+
+def pairs(draw: random.Random, text: str, questions: int) -> Planted:
+    """Multi-key needles with one distractor each: every relation has two keys."""
+    chosen = draw.sample(PAIRED_RELATIONS, min((questions + 1) // 2, len(PAIRED_RELATIONS)))
+    facts = []
+    for relation, keys, values in chosen:
+        drawn = _numbers(draw, 2) if values is None else draw.sample(values, 2)
+        facts += [(relation.format(key), value) for key, value in zip(keys, drawn, strict=True)]
+    return _facts("pairs", draw, facts[:questions])
 
 
 def multi_key_words(draw: random.Random, text: str, questions: int) -> Planted:
@@ -84,9 +102,9 @@ def multi_key_numbers(draw: random.Random, text: str, questions: int) -> Planted
 def multi_value(draw: random.Random, text: str, questions: int) -> Planted:
     """Every key has two values, in two places; the score is the share that the reply names."""
     items, cases = [], []
-    words = iter(draw.sample(WORDS, 2 * questions))
+    drawn = iter(draw.sample(WORDS, 2 * questions))
     for number, (depth, key) in enumerate(zip(depths(draw, questions), draw.sample(SURNAMES, questions), strict=True)):
-        values = next(words), next(words)
+        values = next(drawn), next(drawn)
         items += [
             (at, fact(f"word on a card of Mr. {key}", word))
             for at, word in zip((depth, 1 - depth), values, strict=True)
@@ -97,41 +115,39 @@ def multi_value(draw: random.Random, text: str, questions: int) -> Planted:
 
 
 def people(draw: random.Random, text: str, questions: int) -> Planted:
-    """Question answering over distractors: short lives of people, one question about each."""
-    items, cases = [], []
-    places = draw.sample(CITIES, questions)
-    names = zip(draw.sample(FIRST_NAMES, questions), draw.sample(SURNAMES, questions), strict=True)
-    for number, (depth, (first, last)) in enumerate(zip(depths(draw, questions), names, strict=True)):
-        name, job, place = f"{first} {last}", draw.choice(JOBS), places[number]
-        thing, colour = draw.choice(THINGS), draw.choice(COLOURS)
-        items.append(
-            (
-                depth,
-                f"{name} was born in {place}. {name} works as a {job}. The {thing} of {name} is {colour}, and people in"
-                f" {place} know {first} by it.",
-            )
-        )
-        question, answer = [
+    """Question answering over distractors: short lives of a few people, three questions about each."""
+    count = -(-questions // 3)
+    items: list[tuple[float, str]] = []
+    cases: list[Case] = []
+    places, jobs, colours = draw.sample(CITIES, count), draw.sample(JOBS, count), draw.sample(COLOURS, count)
+    full_names = zip(draw.sample(FIRST_NAMES, count), draw.sample(SURNAMES, count), strict=True)
+    for number, (depth, (first, last)) in enumerate(zip(depths(draw, count), full_names, strict=True)):
+        name, place, job, colour = f"{first} {last}", places[number], jobs[number], colours[number]
+        thing = draw.choice(THINGS)
+        life = f"{name} was born in {place}. {name} works as a {job}. The {thing} of {name} is {colour}."
+        items.append((depth, f"{life} Everyone in {place} knows {name}, the {job} with the {colour} {thing}."))
+        asked = (
             (f"Where was {name} born?", place),
             (f"What does {name} work as?", job),
             (f"What colour is the {thing} of {name}?", colour),
-        ][number % 3]
-        cases.append(Case(f"people-{number}", "people", question, (answer,), depth))
-    return Planted(tuple(items), tuple(cases))
+        )
+        for question, answer in asked:
+            cases.append(Case(f"people-{len(cases)}", "people", question, (answer,), depth))
+    return Planted(tuple(items), tuple(cases[:questions]))
 
 
 def quote(draw: random.Random, text: str, questions: int) -> Planted:
     """The text's own sentences: how one goes on whose first words are given. Nothing is planted."""
-    words = list(re.finditer(r"\S+", text))
+    found = list(re.finditer(r"\S+", text))
     cases: list[Case] = []
     for number, depth in enumerate(depths(draw, questions)):
-        for at in range(int(depth * len(words)), len(words) - QUOTED - CONTINUED):
-            chosen = [word.group() for word in words[at : at + QUOTED + CONTINUED]]
-            start = text[words[at].start() : words[at + QUOTED - 1].end()]
+        for at in range(int(depth * len(found)), len(found) - QUOTED - CONTINUED):
+            chosen = [word.group() for word in found[at : at + QUOTED + CONTINUED]]
+            start = text[found[at].start() : found[at + QUOTED - 1].end()]
             if all(word.isalpha() for word in chosen) and "\n\n" not in start and text.count(start) == 1:
                 question = f'Continue this sentence from the text, word for word: "{" ".join(chosen[:QUOTED])}'
                 answer = " ".join(chosen[QUOTED:])
-                cases.append(Case(f"quote-{number}", "quote", question, (answer,), words[at].start() / len(text)))
+                cases.append(Case(f"quote-{number}", "quote", question, (answer,), found[at].start() / len(text)))
                 break
     return Planted((), tuple(cases))
 
@@ -161,6 +177,17 @@ def build_document(
     parts = planted()  # the same facts again, now that the text is as short as it will be
     body = insert(text, [item for part in parts for item in part.items])
     return Document(document_id, length, body, tuple(case for part in parts for case in part.cases))
+
+
+def _single(task: str, draw: random.Random, relations: Sequence[tuple[str, Sequence[str]]], questions: int) -> Planted:
+    """Facts of different relations with values that no other of them has."""
+    taken: set[str] = set()
+    facts = []
+    for relation, values in draw.sample(relations, min(questions, len(relations))):
+        value = draw.choice([value for value in values if value not in taken])
+        taken.add(value)
+        facts.append((relation, value))
+    return _facts(task, draw, facts)
 
 
 def _facts(task: str, draw: random.Random, pairs: Sequence[tuple[str, str]]) -> Planted:
