@@ -66,3 +66,6 @@ PAIRED_RELATIONS = (
     ("painter of the {} portrait", ("large", "small"), SURNAMES),
 )
 """Relations with two keys each, so that every fact has one distractor; None draws five-digit numbers."""
+
+PERSONS = ("winner", "owner", "bride", "author", "teacher", "youngest child", "pilot", "painter")
+"""How relations begin that are asked for with `who`."""

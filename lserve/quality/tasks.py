@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .cases import Case, Document
-from .relations import NAME_RELATIONS, NUMBER_RELATIONS, PAIRED_RELATIONS, WORD_RELATIONS
+from .relations import NAME_RELATIONS, NUMBER_RELATIONS, PAIRED_RELATIONS, PERSONS, WORD_RELATIONS
 from .text import insert, passage
 from .vocabulary import CITIES, COLOURS, FIRST_NAMES, GROUPS, JOBS, SURNAMES, THINGS, WORDS
 
@@ -195,7 +195,7 @@ def _facts(task: str, draw: random.Random, pairs: Sequence[tuple[str, str]]) -> 
     items, cases = [], []
     for number, (depth, (relation, value)) in enumerate(zip(depths(draw, len(pairs)), pairs, strict=True)):
         items.append((depth, fact(relation, value)))
-        cases.append(Case(f"{task}-{number}", task, f"What is the {relation}?", (value,), depth))
+        cases.append(Case(f"{task}-{number}", task, _question(relation), (value,), depth))
     return Planted(tuple(items), tuple(cases))
 
 
@@ -204,6 +204,11 @@ def depths(draw: random.Random, count: int) -> list[float]:
     spread = [(i + 0.5) / count for i in range(count)]
     draw.shuffle(spread)
     return spread
+
+
+def _question(relation: str) -> str:
+    asked = "Who" if relation.startswith(PERSONS) else "What"
+    return f"{asked} is the {relation}?"
 
 
 def _numbers(draw: random.Random, count: int) -> list[str]:
