@@ -1,6 +1,7 @@
 # make serve    install into .venv, start a cluster on this machine, ask the model a question, keep serving
 # make test     install into .venv, run the whole test suite
 # make check    formatting, lint and types
+# make check-k8s  checkov over the Kubernetes manifests; keep what it found
 # make kernels  compile every Triton kernel for Hopper; needs no GPU
 
 MODEL ?=
@@ -11,10 +12,11 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11; do $$python -c \
 	'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$python && break; done)
 BIN := $(VENV)/bin
 TORCH_VERSION := 2.13.0
+CHECKOV_VERSION := 3.3.30
 # The default build of PyTorch for Linux brings several GB of CUDA, which a machine without a GPU cannot use.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test check format kernels clean
+.PHONY: serve test check check-k8s format kernels clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -31,6 +33,10 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+check-k8s: $(VENV)/.installed-dev
+	$(PYTHON) -m venv $(VENV)/checkov && $(VENV)/checkov/bin/pip install --quiet checkov==$(CHECKOV_VERSION)
+	PYTHONPATH=tests/cluster $(BIN)/python tests/cluster/run_checkov.py $(VENV)/checkov/bin/checkov
 
 kernels: $(VENV)/.installed-dev
 	$(BIN)/python -m lserve.kernels.compile_check
