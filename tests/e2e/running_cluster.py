@@ -43,15 +43,16 @@ class RunningCluster:
             serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
             serve.run(build(settings), name=APPLICATION)
             cluster = cls(f"http://127.0.0.1:{port}", settings["model"]["served_name"])
-            cluster.wait_until_ready()
+            cluster.wait_until_ready(settings["prefill"]["replicas"], settings["decode"]["replicas"])
             yield cluster
         finally:
             serve.shutdown()
             ray.shutdown()
 
-    def wait_until_ready(self, within_s: float = 90.0) -> None:
-        """Until every worker is there and the router answers."""
-        eventually(lambda: len(self.counts("PrefillWorker")) == 1 and len(self.counts("DecodeWorker")) == 2, within_s)
+    def wait_until_ready(self, prefill: int = 1, decode: int = 2, within_s: float = 90.0) -> None:
+        """Until so many workers are there and the router answers."""
+        eventually(lambda: len(self.counts("PrefillWorker")) == prefill, within_s)
+        eventually(lambda: len(self.counts("DecodeWorker")) == decode, within_s)
         eventually(lambda: httpx.get(f"{self.url}/health").status_code == 200, within_s)
 
     def counts(self, deployment: str) -> list[Any]:
@@ -88,6 +89,14 @@ class RunningCluster:
         from ray import serve
 
         serve.delete(APPLICATION)
+
+    def redeploy(self, settings: dict[str, Any]) -> None:
+        """Replaces every replica by one with these settings, a few at a time; returns when that is done."""
+        from ray import serve
+
+        from lserve.deployments.app import build
+
+        serve.run(build(settings), name=APPLICATION)
 
     def num_retries(self) -> int:
         """How often a decode worker has asked for a prefill again, as the workers' logs say."""
