@@ -124,7 +124,8 @@ def _study(
         minutes=options.minutes,
         problems=problem_lines(problems),
         url=options.url,
-        price_note=_price_note(options, target),
+        price_note=_price_note(options),
+        serve_command="lserve up settings.yaml" + (f" --model {options.model}" if options.model else ""),
     )
     try:
         write_report(options.output, advice, facts)
@@ -213,7 +214,7 @@ def _cpu_name() -> str:
     return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
-def _price_note(options: argparse.Namespace, target: _Target) -> str:
+def _price_note(options: argparse.Namespace) -> str:
     if not options.url:
         return "3,600 of them are one hour of this machine."
     if options.gpus:

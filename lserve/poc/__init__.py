@@ -2,9 +2,10 @@
 
     documents = read_documents(paths, tell)         # readers.py: files to text, with a line for each that is left out
     questions = read_questions(path, tell)          # questions.py: the user's own questions and answers
-    settings = open_settings(...)                   # settings.py: dense and sparse settings, each an asker and a probe
+    settings = engine_settings(engines, budgets)    # settings.py: full and sparse ones, each an asker and a probe
     findings = Study(...).run()                     # study.py: plans by what it measured, asks, times, traces
-    write_report(findings, path)                    # report.py: one HTML page that needs no network
+    advice = Advice(settings, findings, ...)        # advice.py: costs, gains, losses, one recommendation
+    write_report(path, advice, facts)               # report.py: one HTML page that needs no network
 
 It asks and scores with `lserve.quality`; what is timed, counted and recommended is here.
 """

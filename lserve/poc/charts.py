@@ -69,7 +69,8 @@ def intervals(rows: Sequence[Series], axis: str, title: str, limit: float | None
     parts = [f'<path d="M{at(0):.1f} 10V{height - 34}" stroke="#9ca3af"/>']
     step = _nice((high - low) / 4)
     ticks = [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    parts += [f'<text x="{at(t):.1f}" y="{height - 20}" text-anchor="middle">{t:+.3g}</text>' for t in ticks]
+    parts += [f'<text x="{at(t):.1f}" y="{height - 20}" text-anchor="middle">{t:+.3g}</text>' for t in ticks if t]
+    parts.append(f'<text x="{at(0):.1f}" y="{height - 20}" text-anchor="middle">0</text>')
     parts.append(f'<text x="{(left + WIDTH) / 2}" y="{height - 4}" text-anchor="middle">{escape(axis)}</text>')
     if limit is not None:
         parts.append(

@@ -61,7 +61,7 @@ def middle(values: list[float]) -> Interval | None:
     return Interval(statistics.median(values), min(values), max(values)) if values else None
 
 
-def doubling(limit: int, smallest: int = 500, most: int = 4) -> list[int]:
+def doubling(limit: int, smallest: int = 1000, most: int = 4) -> list[int]:
     """Lengths to measure up to a limit, each twice the one before, ascending, in round numbers."""
     lengths: Iterator[int] = (_round(limit >> shift) for shift in range(most))
     return sorted({length for length in lengths if length >= min(smallest, limit)})

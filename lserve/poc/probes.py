@@ -50,6 +50,9 @@ class Probe(Protocol):
     def trace(self, message: str, num_tokens: int) -> Traced:
         """One answer of at most num_tokens, with what it read. Raises LServeError."""
 
+    def close(self) -> None:
+        """Gives back what it holds."""
+
 
 class EngineProbe:
     """Of an engine in this process."""
@@ -87,6 +90,9 @@ class EngineProbe:
         if self._asker.engine.tokenizer.has_chat_template:
             trace["pages"] = chat_pages([("user", message)], self._asker.engine.tokenizer)
         return Traced(tuple(pieces), trace)
+
+    def close(self) -> None:
+        """Nothing: the engine is the asker's."""
 
     def _run(
         self,
@@ -152,6 +158,10 @@ class HttpProbe:
         if not traces:
             raise LServeError("the endpoint sent no trace")
         return Traced(tuple(pieces), traces[0])
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._client.close()
 
     def _body(self, message: str, num_tokens: int) -> Json:
         body: Json = {"model": self._model, "messages": [{"role": "user", "content": message}], "temperature": 0}

@@ -23,7 +23,11 @@ MISSED = 6
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What the run was. second: what a second of it is a second of. documents: (kind, how many) pairs."""
+    """What the run was.
+
+    second: what a second of it is a second of. documents: (kind, how many) pairs. serve_command: what serves the model
+    with the recommended settings.
+    """
 
     model: str
     machine: str
@@ -35,13 +39,14 @@ class RunFacts:
     minutes: float
     problems: tuple[str, ...]
     url: str | None
-    price_note: str = ""
+    price_note: str
+    serve_command: str
 
 
 def write_report(path: Path, advice: Advice, facts: RunFacts) -> None:
     """Writes the page. Raises OSError."""
     environment = Environment(loader=PackageLoader("lserve.poc"), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"figure": figure, "size": size, "percent": percent, "interval": written}
+    environment.filters |= {"figure": figure, "size": size, "percent": percent, "interval": written, "signed": signed}
     template = environment.get_template("report.html.j2")
     names = [setting.name for setting in advice.settings]
     content = {
@@ -50,7 +55,7 @@ def write_report(path: Path, advice: Advice, facts: RunFacts) -> None:
         "findings": advice.findings,
         "colours": dict(zip(names, COLOURS * (1 + len(names) // len(COLOURS)), strict=False)),
         "headline": headline(advice),
-        "charts": charts(advice, facts),
+        "charts": charts(advice),
         "rows": {length: [_row(advice, s, length) for s in advice.settings] for length in advice.findings.lengths},
         "missed": missed(advice),
         "trace": view(advice.findings.trace) if advice.findings.trace else None,
@@ -107,7 +112,7 @@ def _because(advice: Advice, chosen: Verdict, sure: bool) -> str:
     )
 
 
-def charts(advice: Advice, facts: RunFacts) -> dict[str, Any]:
+def charts(advice: Advice) -> dict[str, Any]:
     """Every picture by name."""
     lengths, longest, findings = advice.findings.lengths, advice.longest, advice.findings
     tokens = "length of the prompt, tokens"
@@ -144,11 +149,9 @@ def charts(advice: Advice, facts: RunFacts) -> dict[str, Any]:
         "read": bars(
             per_setting(lambda s: s.costs and s.costs.bytes_read(longest) / MEGABYTE), "read per token written", "MB"
         ),
-        "cost": bars(
-            per_setting(lambda s: (c := advice.cost(s, longest)) and c.known_s), "cost, known prompts", facts.second
-        ),
+        "cost": bars(per_setting(lambda s: (c := advice.cost(s, longest)) and c.known_s), "cost, known prompts", "s"),
         "cost_fresh": bars(
-            per_setting(lambda s: (c := advice.cost(s, longest)) and c.fresh_s), "cost, new prompts", facts.second
+            per_setting(lambda s: (c := advice.cost(s, longest)) and c.fresh_s), "cost, new prompts", "s"
         ),
     }
 
@@ -220,6 +223,11 @@ def size(value: float | None) -> str:
 def percent(value: float) -> str:
     """A share for people."""
     return f"{value * 100:.0f} %"
+
+
+def signed(value: float) -> str:
+    """A difference in points."""
+    return f"{value:+.1f}" if round(value, 1) else "±0"
 
 
 def written(interval: Interval | None, scale: float = 1.0, unit: str = "") -> str:

@@ -87,6 +87,11 @@ class Setting:
     block: str = ""
     costs: PageCosts | None = None
 
+    def close(self) -> None:
+        """Gives back what it holds, pages and connections."""
+        self.asker.close()
+        self.probe.close()
+
 
 def budgets_for(length: int, sparsity: SparsityConfig) -> list[int]:
     """An eighth and a quarter of the length in powers of two, within CAPS and the settings' limits, smaller first."""

@@ -80,6 +80,8 @@ class Study:
             self._rounds()
         except KeyboardInterrupt:
             self.findings.interrupted = True
+        finally:
+            _close(self.settings)
         self.findings.seconds = self._elapsed()
         return self.findings
 
@@ -98,8 +100,11 @@ class Study:
             self._one(length)
             done.append(length)
         settings = self._make_settings(done[-1])
-        if [s.name for s in settings] != [s.name for s in self.settings]:
+        if [s.name for s in settings] == [s.name for s in self.settings]:
+            _close(settings)
+        else:
             names = {setting.name for setting in settings}
+            _close(self.settings)
             self.settings = settings  # other budgets suit shorter prompts: what was asked of the first ones is left out
             self.findings.results, self.findings.trace = [], None
             for key in [key for key in self.findings.timings if key[0] not in names]:
@@ -231,6 +236,11 @@ class Study:
 
 def _can_be_shown(case: Case, document: Document) -> bool:
     return len(case.answers) == 1 and case.answers[0].casefold() in document.text.casefold()
+
+
+def _close(settings: Sequence[Setting]) -> None:
+    for setting in settings:
+        setting.close()
 
 
 def _forget(asker: Asker) -> None:

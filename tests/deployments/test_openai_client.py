@@ -1,17 +1,14 @@
 """The official client, unmodified, against the router over real HTTP."""
 
-import socket
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import openai
 import pytest
-import uvicorn
 from fake_pool import ByteTokenizer, FakePool
+from served_router import served_router
 
-from lserve.deployments.api import Api
 from lserve.deployments.router import RouterCore
 from lserve.deployments.settings import load_settings
 from lserve.engine.errors import WorkerLostError
@@ -35,17 +32,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     pool = FakePool()
     overrides = ["router.max_running_requests=1", "router.max_queued_requests=0"]
     core = RouterCore(load_settings({"model": {"path": "/models/demo"}}, overrides), ByteTokenizer(), pool)
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(Api(core).app(), log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", pool, core)
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
+    with served_router(core) as url:
+        yield Served(f"{url}/v1", pool, core)
 
 
 @pytest.fixture

@@ -68,6 +68,9 @@ class StubProbe:
             ("It", " is", " <this>", "."), {"page_size": 64, "num_heads": 6, "pages": pages, "choices": choices}
         )
 
+    def close(self) -> None:
+        """Nothing."""
+
 
 def stub_settings(forgets: int = 0, fails: str | None = None) -> list[Setting]:
     """Full attention, and two that read less: the smaller budget forgets one question in `forgets`."""

@@ -26,6 +26,7 @@ FACTS = RunFacts(
     problems=("secret.pdf: left out, it is <encrypted> and needs a password",),
     url=None,
     price_note="3,600 of them are one hour of this machine.",
+    serve_command="lserve up settings.yaml --model a-model",
 )
 VOID = {"meta", "br", "path", "circle", "rect"}
 
@@ -73,7 +74,7 @@ def test_the_page_is_whole_and_needs_no_network(monkeypatch: pytest.MonkeyPatch,
 def test_it_says_what_was_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text, advice = written(monkeypatch, tmp_path)
     words = Page(text).words
-    assert "Yes: Sparse 512, from prompts of 500 tokens on" in words
+    assert "Yes: Sparse 512, from prompts of 1,000 tokens on" in words
     assert "token_budget: 512" in words and "lserve up settings.yaml --model a-model" in words
     assert "3 PDF, 1 text documents (123,456 characters)" in words
     assert "secret.pdf: left out, it is <encrypted> and needs a password" in words
