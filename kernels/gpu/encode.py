@@ -110,13 +110,14 @@ def extremes(x, ALONG_COLUMNS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _codes8(x, minimum, factor, FUSED: tl.constexpr, ASM: tl.constexpr):
+def _codes(x, minimum, factor, FUSED: tl.constexpr, ASM: tl.constexpr):
     """Codes of x: steps from the minimum, half up, uint8. x never exceeds the range, so neither do they.
 
-    FUSED: x is a 16-bit float, so that x * factor - minimum * factor does not cancel too many digits. A number below
-    256 added to 2**23 and rounded down has its floor as the low byte.
+    FUSED: x is a 16-bit float, so that x * factor - minimum * factor does not cancel too many digits; what it does lose
+    is made good by 2**-14, so that halves go up (the next number of 16 bits is further away than that).
+    A number below 256 added to 2**23 and rounded down has its floor as the low byte.
     """
-    distance = tl.fma(x, factor, 0.5 - minimum * factor) if FUSED else (x - minimum) * factor + 0.5
+    distance = tl.fma(x, factor, 0.50006103515625 - minimum * factor) if FUSED else (x - minimum) * factor + 0.5
     if ASM:
         return tl.inline_asm_elementwise(
             """{
@@ -141,45 +142,14 @@ def _codes8(x, minimum, factor, FUSED: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _high_nibbles(x, minimum, factor):
-    """4-bit codes of 16-bit floats x as the high nibbles of bytes whose low ones are undefined: a number below 16 added
-    to 2**11 and rounded down has its floor in bits 12 to 15.
-    """
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .f32 a, b, c, d;
-        .reg .b32 p, q;
-        fma.rm.f32 a, $1, $5, $9;
-        fma.rm.f32 b, $2, $6, $10;
-        fma.rm.f32 c, $3, $7, $11;
-        fma.rm.f32 d, $4, $8, $12;
-        prmt.b32 p, a, b, 0x0051;
-        prmt.b32 q, c, d, 0x0051;
-        prmt.b32 $0, p, q, 0x5410;
-        }""",
-        "=r,f,f,f,f,f,f,f,f,f,f,f,f",
-        [x, factor, 2048.5 - minimum * factor],
-        dtype=tl.uint8,
-        is_pure=True,
-        pack=4,
-    )
-
-
-@triton.jit
-def _merge_nibbles(low, high):
-    """High nibbles of both halves' bytes in one byte, the low half's below."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 t;
-        shr.u32 t, $1, 4;
-        lop3.b32 $0, t, $2, 0x0F0F0F0F, 0xE4;
-        }""",
-        "=r,r,r",
-        [low, high],
-        dtype=tl.uint8,
-        is_pure=True,
-        pack=4,
-    )
+def _merge_nibbles(low, high, ASM: tl.constexpr):
+    """Two 4-bit codes in one byte."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "mad.lo.u32 $0, $2, 16, $1;", "=r,r,r", [low, high], dtype=tl.uint8, is_pure=True, pack=4
+        )
+    else:
+        return low | (high << 4)
 
 
 @triton.jit
@@ -191,15 +161,10 @@ def store_codes(
 
     low_scale, high_scale: (minimum, factor), tiles or what broadcasts to them.
     """
+    low_codes = _codes(low, low_scale[0], low_scale[1], FUSED, ASM)
+    high_codes = _codes(high, high_scale[0], high_scale[1], FUSED, ASM)
     if BITS == 4:
-        if ASM and FUSED:
-            codes = _merge_nibbles(
-                _high_nibbles(low, low_scale[0], low_scale[1]), _high_nibbles(high, high_scale[0], high_scale[1])
-            )
-        else:
-            codes = _codes8(low, low_scale[0], low_scale[1], FUSED, ASM)
-            codes |= _codes8(high, high_scale[0], high_scale[1], FUSED, ASM) << 4
-        tl.store(target, codes, mask=mask)
+        tl.store(target, _merge_nibbles(low_codes, high_codes, ASM), mask=mask)
     else:
-        tl.store(target, _codes8(low, low_scale[0], low_scale[1], FUSED, ASM), mask=mask)
-        tl.store(target + SPAN, _codes8(high, high_scale[0], high_scale[1], FUSED, ASM), mask=mask)
+        tl.store(target, low_codes, mask=mask)
+        tl.store(target + SPAN, high_codes, mask=mask)
