@@ -201,7 +201,10 @@ class GenerationResponse(Response):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            answer = await self._core.start(self._generation, self._tenant)
+            headers = dict(scope["headers"])
+            traceparent = headers.get(b"traceparent", b"").decode("latin-1")
+            name = scope["state"]["request_id"]
+            answer = await self._core.start(self._generation, self._tenant, name, traceparent)
             async with aclosing(answer.stream()) as batches:
                 first = await anext(batches, None)
                 if self._traces is not None:

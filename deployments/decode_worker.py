@@ -18,6 +18,7 @@ from .replica_logging import log_to_stderr
 from .routing import own_worker_id
 from .serve_prefill_pool import ServePrefillPool
 from .settings import Settings
+from .tracing import Span, stage, start
 from .worker import Worker
 
 
@@ -38,20 +39,27 @@ class DecodeWorker:
         handoffs: list[Handoff] = []
         prefilling: float | None = None
         has_begun = False
+        span: Span | None = None
         try:
-            await worker.loop.call(lambda e: e.add_request(request, hold=True))
             async with asyncio.timeout(_seconds_left(request)):
-                reservation = await events.reservation()
+                with stage("queue", request.traceparent, worker=worker.worker_id):
+                    await worker.loop.call(lambda e: e.add_request(request, hold=True))
+                    reservation = await events.reservation()
                 if reservation is not None:
                     worker.metrics.queue.record(reservation.admitted_at - asked)
                     worker.stats.note_wait(reservation.admitted_at - asked)
                     prefilling = await self._fill(request, hint, reservation, handoffs)
+                    if prefilling is not None:
+                        span = start("prefill", request.traceparent, worker=worker.worker_id)
             async for outputs in events.outputs():
                 if prefilling is not None:
                     worker.metrics.prefill.record(time.monotonic() - prefilling)
                     prefilling = None
                 if not has_begun:
                     has_begun = True
+                    if span is not None:
+                        span.end()
+                    span = start("decode", request.traceparent, worker=worker.worker_id)
                     worker.stats.note_first_token(time.monotonic() - asked)
                 left -= sum(output.finish_reason is not None for output in outputs)
                 yield outputs
@@ -62,6 +70,8 @@ class DecodeWorker:
             raise DeadlineExceededError(message) from None
         finally:
             events.close()
+            if span is not None:
+                span.end()
             if left:
                 worker.spawn(self._abandon(request.request_id, handoffs))
 

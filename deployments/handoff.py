@@ -11,12 +11,14 @@ from lserve.engine.errors import (
     InvalidRequestError,
     LeaseLostError,
     LServeError,
+    TransferError,
     WorkerLostError,
 )
 from lserve.engine.request import Request
 from lserve.engine.results import ChunkReady, Reservation
 from lserve.engine.transfer import PageRead
 
+from . import tracing
 from .messages import LeaseCall, PrefillRequest, PrefillStarted, PrefixHint
 from .prefill_pool import PrefillPool
 from .worker import Worker
@@ -72,6 +74,7 @@ class Handoff:
                 raise
             except LServeError as error:
                 name, have = self._request.request_id, self.have_tokens
+                self._worker.metrics.kv_transfer_failures.record(1, reason=_reason(error))
                 logger.warning("request %s: prefill ended with %d tokens here: %s", name, have, error)
             await self.settle()
         return None
@@ -130,7 +133,8 @@ class Handoff:
             reads.append(PageRead("tail", chunk.tail_row, own.row))
         self._reads += reads
         async with self._extending(lease):
-            stats = await worker.transfer.read(peer.peer.agent_name, reads, worker.settings.prefill.timeout_s)
+            with tracing.stage("transfer", self._request.traceparent, num_pages=len(reads), source=peer.worker_id):
+                stats = await worker.transfer.read(peer.peer.agent_name, reads, worker.settings.prefill.timeout_s)
         state = await self._release(lease)
         self._leases.discard(lease)
         if state != "held":
@@ -163,6 +167,15 @@ class Handoff:
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)  # whether it was held, release says
+
+
+def _reason(error: LServeError) -> str:
+    """The `reason` label of a failed prefill."""
+    if isinstance(error, LeaseLostError):
+        return "lease_lost"
+    if isinstance(error, WorkerLostError):
+        return "worker_lost"
+    return "transfer" if isinstance(error, TransferError) else "other"
 
 
 async def _next(

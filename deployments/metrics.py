@@ -108,12 +108,22 @@ class Metrics:
         )
         self.kv_transfer = histogram("lserve_kv_transfer_seconds", "Pulling one chunk's pages.", TRANSFER_S)
         self.kv_transfer_bytes = counter("lserve_kv_transfer_bytes_total", "Bytes of pages and tail rows pulled.")
+        self.kv_transfer_failures = counter(
+            "lserve_kv_transfer_failures_total", "Prefills that were asked for again, by what went wrong.", "reason"
+        )
         self.kv_pages = gauge("lserve_kv_pages", "Pages by pool and state.", "pool", "state")
         self.leases = gauge("lserve_leases", "Leases by state.", "state")
         self.prefix_tokens = counter("lserve_prefix_tokens_total", "Prompt tokens by where they came from.", "tier")
+        self.prefix_pages = counter(
+            "lserve_prefix_pages_total", "Pages asked of Redis or written to it, by what came of it.", "event"
+        )
+        self.redis_up = gauge("lserve_redis_up", "Whether the prefix pages' Redis answers: 1 or 0.")
         self.attention_density = histogram(
             "lserve_attention_density", "Fraction of dense attention's work that was done.", FRACTION, "phase"
         )
+        self.tokens = counter("lserve_tokens_total", "Tokens of finished and running requests, by kind.", "kind")
+        self.replays = counter("lserve_replays_total", "Requests asked again because their decode worker was lost.")
+        self.preemptions = counter("lserve_preemptions_total", "Running sequences that made room for others.")
         self.requests = counter("lserve_requests_total", "Requests by outcome.", "outcome")
         self.running_requests = gauge("lserve_running_requests", "Requests at the workers.")
         self.waiting_requests = gauge("lserve_waiting_requests", "Requests that wait for admission.")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from lserve.engine.request import Request
 from lserve.engine.results import ChunkReady, EngineLoad
 
+from . import tracing
 from .engine_loop import Subscription
 from .messages import LeaseCall, PrefillLoad, PrefillRequest, PrefillStarted, WorkerInfo
 from .metrics import Metrics, ServeInstrument
@@ -41,6 +42,7 @@ class PrefillWorker:
         events = worker.loop.subscribe(request.request_id)
         leases: list[tuple[int, int]] = []
         done = False
+        span = tracing.start("prefill", request.traceparent, worker=worker.worker_id)
         try:
             started, cached = await self._start(request, message, events)
             if cached is not None:  # it is pulled while the rest is computed
@@ -54,9 +56,11 @@ class PrefillWorker:
                 if chunk.last:
                     break
             worker.metrics.prefill.record(time.monotonic() - started)
+            span.end()
             await self._until_ended(leases)
             done = True
         finally:
+            span.end()
             if done:
                 events.close()
             else:

@@ -6,12 +6,13 @@
 import asyncio
 import hashlib
 import hmac
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Protocol, cast
 
 from lserve.engine.errors import (
     AuthenticationError,
@@ -25,6 +26,7 @@ from lserve.engine.errors import (
 from lserve.engine.request import Output, Request
 from lserve.engine.sampling_limits import validate
 
+from . import tracing
 from .admission import Admission
 from .messages import PrefixHint
 from .metrics import Metrics
@@ -33,6 +35,9 @@ from .protocol import Generation, Prompt
 from .replay import Budget, merged, unbroken
 from .responses import Usage
 from .settings import Settings, secret
+from .tracing import Span
+
+logger = logging.getLogger(__name__)
 
 SHORT_TEXT = 4096
 """Characters that are tokenized on the event loop; longer texts go to a thread, which costs about 0.1 ms."""
@@ -125,27 +130,38 @@ class RouterCore:
         self._check_vocabulary("tokens", token_ids)
         return self.tokenizer.decode(token_ids)
 
-    async def start(self, generation: Generation, tenant: str) -> "Answer":
+    async def start(self, generation: Generation, tenant: str, name: str = "", traceparent: str = "") -> "Answer":
         """Admits a request and prepares its answer; iterate `Answer.stream` to its end, or close it.
 
+        name: goes before the request's id in logs; traceparent: the caller's span.
         Raises InvalidRequestError, PromptTooLongError, ModelNotFoundError, CapacityError, DeadlineExceededError or
         WorkerLostError; all but CapacityError and DeadlineExceededError before the request waits for anything.
         """
-        arrived = time.monotonic()
+        arrived, span = time.monotonic(), tracing.start("request", traceparent, request_id=name)
         try:
-            prompts, limit = await self._check(generation)
-            await self.admission.enter(self.settings.router.request_timeout_s)
-        except LServeError as error:
-            self.metrics.requests.record(1, outcome=outcome_of(error))
+            with tracing.stage("queue", span.traceparent):
+                prompts, limit = await self._check(generation)
+                await self.admission.enter(self.settings.router.request_timeout_s)
+        except BaseException as error:
+            span.end(error)
+            if isinstance(error, LServeError):
+                self.metrics.requests.record(1, outcome=outcome_of(error))
             raise
         self.metrics.queue.record(time.monotonic() - arrived)
         try:
-            requests = [self._request(generation, tenant, tokens, limit) for tokens in prompts]
-            hints = [await self._hint(request) for request in requests]
-        except BaseException:
+            request_id = f"{name}-{secrets.token_hex(4)}" if name else secrets.token_hex(16)
+            requests = [
+                self._request(generation, tenant, tokens, limit, f"{request_id}.p{number}" if number else request_id)
+                for number, tokens in enumerate(prompts)
+            ]
+            requests = [replace(request, traceparent=span.traceparent) for request in requests]
+            with tracing.stage("prefix_lookup", span.traceparent):
+                hints = [await self._hint(request) for request in requests]
+        except BaseException as error:
+            span.end(error)
             self.admission.leave()
             raise
-        return Answer(self, requests, hints, arrived)
+        return Answer(self, requests, hints, arrived, span)
 
     async def _check(self, generation: Generation) -> tuple[list[tuple[int, ...]], int]:
         """The prompts' token ids and the model's length limit."""
@@ -188,12 +204,14 @@ class RouterCore:
             message = f"{name} has {len(tokens)} tokens and max_tokens is {max_tokens}; together at most {limit} fit"
             raise PromptTooLongError(message, param="max_tokens")
 
-    def _request(self, generation: Generation, tenant: str, tokens: tuple[int, ...], limit: int) -> Request:
+    def _request(
+        self, generation: Generation, tenant: str, tokens: tuple[int, ...], limit: int, request_id: str
+    ) -> Request:
         sampling = generation.sampling
         # Without a limit of its own the answer may fill the context, which the choices share.
         room = max(1, (limit - len(tokens)) // sampling.n)
         return Request(
-            request_id=secrets.token_hex(16),
+            request_id=request_id,
             prompt_token_ids=tokens,
             sampling=replace(
                 sampling,
@@ -231,6 +249,7 @@ class Answer:
     requests: Sequence[Request]
     hints: Sequence[PrefixHint]
     arrived: float
+    span: Span
     _completion_tokens: int = 0
     _cached_tokens: dict[int, int] = field(default_factory=dict)
     _paces: dict[int, _Pace] = field(default_factory=dict)
@@ -251,7 +270,7 @@ class Answer:
 
         Raises DeadlineExceededError, WorkerLostError, or what the worker raised.
         """
-        outcome = "cancelled"
+        outcome, failure = "cancelled", cast("LServeError | None", None)
         router = self.core.settings.router
         budget = Budget(router.retries)
         n = self.requests[0].sampling.n
@@ -269,14 +288,34 @@ class Answer:
             self.core.metrics.e2e_request_latency.record(time.monotonic() - self.arrived)
         except TimeoutError:
             outcome = "timeout"
-            message = f"the request took longer than {router.request_timeout_s:g} s"
-            raise DeadlineExceededError(message) from None
+            failure = DeadlineExceededError(f"the request took longer than {router.request_timeout_s:g} s")
+            raise failure from None
         except LServeError as error:
-            outcome = outcome_of(error)
+            outcome, failure = outcome_of(error), error
             raise
         finally:
             self.core.admission.leave()
-            self.core.metrics.requests.record(1, outcome=outcome)
+            self._report(outcome, budget.spent, failure)
+
+    def _report(self, outcome: str, replays: int, failure: LServeError | None) -> None:
+        """Counts the request, ends its span, and writes one line about it."""
+        usage, metrics, seconds = self.usage, self.core.metrics, time.monotonic() - self.arrived
+        metrics.requests.record(1, outcome=outcome)
+        metrics.tokens.record(usage.prompt_tokens, kind="prompt")
+        metrics.tokens.record(usage.completion_tokens, kind="completion")
+        if replays:
+            metrics.replays.record(replays)
+        self.span.end(failure, outcome=outcome, **asdict(usage))
+        logger.info(
+            "request %s: %s, %d prompt tokens (%d cached), %d completion tokens, %.3f s%s",
+            self.requests[0].request_id,
+            outcome,
+            usage.prompt_tokens,
+            usage.cached_tokens,
+            usage.completion_tokens,
+            seconds,
+            f": {failure}" if failure is not None else "",
+        )
 
     def _count(self, outputs: Sequence[Output]) -> None:
         now, metrics = time.monotonic(), self.core.metrics

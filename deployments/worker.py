@@ -26,6 +26,7 @@ from .engine_loop import EngineLoop
 from .messages import WorkerInfo
 from .metrics import Metrics
 from .settings import Role, Settings, cluster_secret, secret
+from .worker_report import WorkerReport
 from .worker_stats import StatsWindow
 
 logger = logging.getLogger(__name__)
@@ -200,21 +201,11 @@ class Worker:
                 self.spawn(self.directory.publish(list(written.resume_points), self.worker_id))
 
     async def _report(self) -> None:
-        """Sets the gauges, again and again."""
+        """Says how this worker is, again and again."""
+        report = WorkerReport(self.metrics)
         while True:
-            load = await self.load()
-            for pool, used, cached, total in (
-                ("retrieval", load.used_pages, load.cached_pages, load.total_pages),
-                ("streaming", load.used_streaming_pages, load.cached_streaming_pages, load.total_streaming_pages),
-                ("tail", load.used_rows, 0, load.total_rows),
-            ):
-                for state, value in (("held", used), ("cached", cached), ("free", total - used - cached)):
-                    self.metrics.kv_pages.record(value, pool=pool, state=state)
-            counts = await self.loop.call(lambda e: e.leases.counts)
-            for state, value in (("held", counts.held), ("released", counts.released), ("expired", counts.expired)):
-                self.metrics.leases.record(value, state=state)
-            self.metrics.running_requests.record(load.running)
-            self.metrics.waiting_requests.record(load.waiting)
+            load, leases = await self.loop.call(lambda e: (e.load(), e.leases.counts))
+            report.record(load, leases, self.store)
             await asyncio.sleep(REPORT_INTERVAL_S)
 
     def _done(self, task: "asyncio.Task[Any]") -> None:

@@ -241,6 +241,7 @@ class Engine:
             queued_prompts=max(len(prompts) - 1, 0),
             queued_tokens=sum(prompts[1:]),
             head_tokens=sum(prompts[:1]),
+            preemptions=queues.num_preemptions,
         )
 
     def generate(self, prompts: Iterable[str | SequenceOf[int]], params: SamplingParams | None = None) -> list[str]:

@@ -62,6 +62,7 @@ class Request:
     choice: index of the first choice (a replay asks for one choice at a time).
     tenant: root of the prefix chain; prefixes are shared inside one tenant only.
     deadline: UNIX time in seconds after which the request is failed, wherever it is.
+    traceparent: the router's span for this request (W3C Trace Context); empty when traces are off.
     """
 
     request_id: str
@@ -72,6 +73,7 @@ class Request:
     emitted: tuple[int, ...] = ()
     choice: int = 0
     deadline: float = float("inf")
+    traceparent: str = ""
 
     @property
     def input_token_ids(self) -> tuple[int, ...]:

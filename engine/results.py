@@ -88,6 +88,8 @@ class EngineLoad:
 
     waiting_pages: retrieval pages that waiting sequences will need. queued_prompts, queued_tokens: prompts, and what is
     left of them to compute, that wait for the prompt in progress, which has head_tokens left.
+
+    preemptions: how often so far a running sequence made room for others.
     """
 
     running: int
@@ -105,3 +107,4 @@ class EngineLoad:
     queued_prompts: int
     queued_tokens: int
     head_tokens: int
+    preemptions: int = 0

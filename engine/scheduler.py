@@ -54,6 +54,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.swapped: deque[Sequence] = deque()
         self.held: list[Sequence] = []
+        self.num_preemptions = 0
         self.prefilling: list[Sequence] = []
         self.running: list[Sequence] = []
 
@@ -151,6 +152,7 @@ class Scheduler:
         recomputed.
         """
         self.running.remove(sequence)
+        self.num_preemptions += 1
         if self._swap_out(sequence):
             self._release(sequence)
             sequence.state = State.SWAPPED
