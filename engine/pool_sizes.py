@@ -23,8 +23,12 @@ class PoolSizes:
     rows: int
 
 
-def pool_sizes(config: EngineConfig, page_format: PageFormat, max_model_len: int) -> PoolSizes:
+def pool_sizes(
+    config: EngineConfig, page_format: PageFormat, max_model_len: int, free_bytes: int | None = None
+) -> PoolSizes:
     """Pool sizes for one worker. Raises SettingsError when not even one request of full length fits.
+
+    free_bytes: of the GPU beside the weights; None asks it.
 
     Without explicit sizes a worker takes 2 GiB on a CPU and 80 % of what is free on a GPU; streaming pages get what
     every row needs, plus a share that the prefix cache's resume points use (a window in every 1,024 tokens).
@@ -37,7 +41,8 @@ def pool_sizes(config: EngineConfig, page_format: PageFormat, max_model_len: int
     if retrieval_bytes is None:
         retrieval_bytes = DEFAULT_CPU_BYTES
         if config.device.startswith("cuda"):
-            retrieval_bytes = int(torch.cuda.mem_get_info()[0] * GPU_FRACTION) - rows * page_format.tail_row_bytes
+            free_bytes = torch.cuda.mem_get_info()[0] if free_bytes is None else free_bytes
+            retrieval_bytes = int(free_bytes * GPU_FRACTION) - rows * page_format.tail_row_bytes
             retrieval_bytes -= needed * page_format.streaming_page_bytes
             share = sparsity.local_window / PAGE_SIZE / 16 * page_format.streaming_page_bytes
             retrieval_bytes = int(retrieval_bytes / (1 + share / max(page_format.retrieval_page_bytes, 1)))

@@ -1,7 +1,11 @@
 """The files for `ray up` are what Ray and LServe accept, and their parts agree."""
 
 import json
+import os
 import re
+import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +110,22 @@ def test_the_local_file_names_each_machine_once(local: Resource) -> None:
     assert "available_node_types" not in local, "the local provider refuses them"
 
 
-def test_both_files_explain_the_same_preparation() -> None:
-    def commands(name: str) -> list[str]:
-        head = (ROOT / name).read_text().split("cluster_name:")[0]
-        return re.findall(r"^# {2,3}((?:ray get-auth|mkdir|  echo|echo).*)$", head, re.MULTILINE)
+def preparation(name: str) -> str:
+    """The commands before `ray up` in a file's first lines."""
+    head = (ROOT / name).read_text().split("cluster_name:")[0]
+    lines = [line.removeprefix("#").strip() for line in head.splitlines() if line.startswith("#   ")]
+    return "\n".join(lines[: lines.index(next(line for line in lines if line.startswith("ray up")))])
 
-    assert commands("cluster.yaml") == commands("cluster-local.yaml") != []
+
+def test_the_preparation_makes_secrets_that_only_their_owner_reads(tmp_path: Path) -> None:
+    assert preparation("cluster.yaml") == preparation("cluster-local.yaml")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "HOME": str(tmp_path), "PATH": path}
+    commands = preparation("cluster.yaml") + "\n. ~/.lserve/secrets; echo $LSERVE_CLUSTER_SECRET $LSERVE_REDIS_PASSWORD"
+    done = subprocess.run(["bash", "-ec", commands], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    secrets = done.stdout.split()[-2:]
+    assert len(set(secrets)) == 2
+    assert all(re.fullmatch("[0-9a-f]{64}", value) for value in secrets)
+    for file in (".lserve/secrets", ".ray/auth_token"):
+        assert stat.S_IMODE((tmp_path / file).stat().st_mode) == 0o600
