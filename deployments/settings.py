@@ -142,8 +142,8 @@ class RedisSettings(_Section):
 
     url: redis://, rediss:// or unix://, without a password; that comes from `password_env`. ca: what a server
     reached by rediss:// must descend from, as PEM or the path of a PEM file; None trusts the system's authorities.
-    secret_env: the cluster's secret, which names and authenticates pages. ttl_s: how long a page lives after its last write. timeout_s: the
-    longest that a request waits for Redis.
+    secret_env: the cluster's secret, which names and authenticates pages. ttl_s: how long a page lives after its last
+    write. timeout_s: the longest that a request waits for Redis.
     """
 
     url: str | None = None
