@@ -147,7 +147,7 @@ def _bits(logits: torch.Tensor, targets: Sequence[int]) -> float:
 
 def _starts(length: int, scored_from: int, num_decoded: int, count: int) -> list[int]:
     """Block boundaries, evenly spaced, each with room for the tokens that are decoded and their targets."""
-    first, last = -(-scored_from // BLOCK_SIZE), (length - num_decoded - 1) // BLOCK_SIZE
+    first, last = -(-(scored_from - 1) // BLOCK_SIZE), (length - num_decoded - 1) // BLOCK_SIZE
     places = range(max(first, 1), last + 1)
     count = min(count, len(places))
     return sorted({places[len(places) * i // count] * BLOCK_SIZE for i in range(count)})

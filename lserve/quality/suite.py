@@ -70,13 +70,12 @@ class State:
             return
         identity = json.loads(json.dumps(identity))
         try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            if not lines:
-                path.write_text(json.dumps(identity) + "\n", encoding="utf-8")
-                return
-            before = json.loads(lines[0])
-            for line in lines[1:]:
-                self._done.update([json.loads(line)])
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            whole = text[: text.rfind("\n") + 1]  # a run that was killed may have left half a line
+            before, *lines = [json.loads(line) for line in whole.splitlines()] or [identity]
+            self._done.update(lines)
+            if whole != text or not text:
+                path.write_text(whole or json.dumps(identity) + "\n", encoding="utf-8")
         except OSError as error:
             raise SettingsError(f"cannot use {path} to keep the state: {error.strerror}") from None
         except (ValueError, TypeError):

@@ -40,7 +40,7 @@ def passage(text: str, number: int, of: int, num_tokens: int, cut: Cut) -> str:
 
 def insert(text: str, items: Iterable[tuple[float, str]]) -> str:
     """Puts each (depth, paragraph) between the text's own paragraphs or sentences, near its depth (0 start, 1 end)."""
-    ends = [match.end() for match in re.finditer(r"\n\s*\n|(?<=[.!?])\s+", text)] or [0]
+    ends = [0, *(match.end() for match in re.finditer(r"\n\s*\n|(?<=[.!?])\s+", text)), len(text)]
     pieces, done = [], 0
     for depth, item in sorted(items):
         wanted = int(len(text) * depth)
