@@ -203,7 +203,8 @@ def _machine(device: str) -> tuple[str, str]:
     import torch
 
     cores = min(len(os.sched_getaffinity(0)), torch.get_num_threads())
-    return f"{cores} CPU cores ({_cpu_name()})", f"machine-seconds ({cores} CPU cores)"
+    words = f"{cores} CPU core{'s' if cores > 1 else ''}"
+    return f"{words} ({_cpu_name()})", f"machine-seconds ({words})"
 
 
 def _cpu_name() -> str:

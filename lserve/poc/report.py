@@ -19,6 +19,8 @@ from .trace_view import view
 Point = tuple[float, float, float, float]
 MEGABYTE = 1_000_000
 MISSED = 6
+SMALLER = 0.7
+"""A share of the baseline's memory that is worth a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +83,18 @@ def headline(advice: Advice) -> tuple[str, str]:
                 f"Every setting that reads less answers worse than {advice.baseline.name} by more than the "
                 f"{advice.max_loss:g} points that were allowed.",
             )
-        return (
-            "No gain at these lengths",
+        reason = (
             f"Nothing that keeps the quality is cheaper than {advice.baseline.name} for prompts of up to "
-            f"{advice.longest:,} tokens on this machine. Longer prompts gain more.",
+            f"{advice.longest:,} tokens on this machine. Longer prompts gain more."
         )
+        kept = [v for v in advice.verdicts if v.is_acceptable(advice.max_loss) and v.memory is not None]
+        smallest = min(kept, key=lambda v: v.memory or 1.0, default=None)
+        if smallest is not None and smallest.memory is not None and smallest.memory < SMALLER:
+            name, share = smallest.setting.name, percent(smallest.memory)
+            reason += (
+                f" Yet {name} holds {share} of the memory for each request, so a machine serves more of them at once."
+            )
+        return "No gain in time at these lengths", reason
     sure = chosen.is_sure(advice.max_loss)
     start = "Yes" if sure else "Probably"
     from_length = f", from prompts of {chosen.pays_from:,} tokens on" if chosen.pays_from else ""

@@ -106,7 +106,7 @@ def budgets_for(length: int, sparsity: SparsityConfig) -> list[int]:
 def usable_profile(path: str | None, model: str, tell: Tell) -> HeadProfile | None:
     """The head profile in a file, if it is this model's; tell gets one line when it is not, or when there is none."""
     if path is None:
-        tell(f"no head profile: streaming heads are not tried; `lserve profile --model {model}` makes one")
+        tell("no head profile: streaming heads are not tried; `lserve profile` makes one")
         return None
     shape = read_config(model)
     try:

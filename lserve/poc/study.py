@@ -75,6 +75,7 @@ class Study:
     def run(self) -> Findings:
         """Everything that fits in the time. An interrupt ends it early; what was found by then is returned."""
         try:
+            self._warm_up()
             self._pilot()
             self._own_questions()
             self._rounds()
@@ -84,6 +85,15 @@ class Study:
             _close(self.settings)
         self.findings.seconds = self._elapsed()
         return self.findings
+
+    def _warm_up(self) -> None:
+        """The first answer of an engine compiles kernels and touches memory: nobody should be timed on it."""
+        for setting in self.settings:
+            self._say(f"{setting.name}: warming up", self._elapsed())
+            try:
+                setting.probe.time(self._places.text[:1000], 5, BATCH)
+            except LServeError as error:
+                self._tell_once(f"{setting.name}: {error.message}")
 
     def _pilot(self) -> None:
         """One document of each length, shortest first, as long as there will be time for more of them."""

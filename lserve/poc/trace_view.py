@@ -1,5 +1,6 @@
 """One answer's trace as the report shows it: a map of the prompt's pages, and the text of those that mattered."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +58,9 @@ def view(finding: TraceFinding) -> TraceView | None:
             if page < num_pages:
                 attention[page] += share / len(sampled)
     evidence = _evidence(finding, trace.get("pages"), num_pages)
-    order = sorted(range(num_pages), key=lambda page: -attention[page])
-    shown = sorted({*evidence, *order[:SHOWN_PAGES]})[: SHOWN_PAGES + 2] if "pages" in trace else []
+    chosen = [page for page in range(num_pages) if 0 < min(share[page] for share in shares) < 1]
+    order = sorted(chosen, key=lambda page: (-attention[page], -most[page]))[: SHOWN_PAGES - len(evidence[:2])]
+    shown = sorted({*evidence[:2], *order}) if "pages" in trace else []
     kept = [mass["kept"] for mass in sampled]
     return TraceView(
         finding,
@@ -103,6 +105,7 @@ def _page(finding: TraceFinding, pages: Sequence[Any], page: int, heads: float, 
         first, last = (at - start for at in finding.evidence)
         text, found, after = text[:first], text[first:last], text[last:]
         text = text[-EXCERPT:]
+    text, after = (re.sub(r"\n\s*\n", "\n", part) for part in (text, after))
     return PageText(page + 1, heads, attention, text[:EXCERPT], found, after[:EXCERPT])
 
 
