@@ -88,27 +88,39 @@ def make_linear(weight: Tensor, bias: Tensor | None, weight_format: WeightFormat
     """One matrix as the checkpoint has it, on the device where it will stay, to a layer in weight_format.
 
     weight: [N, K] in any float dtype (fused projections are stacked first); bias: [N] or None. The caller drops its own
-    reference to weight, so at most one matrix is held in two formats. On a CPU w4a8 weights are kept decoded to
-    int8: the same numbers, faster there. Raises SettingsError for an unknown format or a width that has no 8-bit path.
+    reference to weight, so at most one matrix is held in two formats. Raises SettingsError for an unknown format or a
+    width that has no 8-bit path.
     """
     bias = None if bias is None else bias.to(compute_dtype)
     if weight_format == "native":
         return NativeLinear(weight.to(compute_dtype).contiguous(), bias)
+    check_widths(weight, weight_format)
+    match weight_format:
+        case "fp8":
+            return quantized_linear(quantize_w8(weight, torch.float8_e4m3fn), bias, compute_dtype)
+        case "int8":
+            return quantized_linear(quantize_w8(weight, torch.int8), bias, compute_dtype)
+        case "w4a8":
+            return quantized_linear(quantize_w4(weight), bias, compute_dtype)
+        case _:
+            raise SettingsError(f"weights must be native, fp8, int8 or w4a8, got {weight_format!r}")
+
+
+def check_widths(weight: Tensor, weight_format: WeightFormat) -> None:
+    """Raises SettingsError for a matrix whose width has no 8-bit path."""
     if weight.shape[1] % 16 or weight.shape[0] % 8:
         raise SettingsError(
             f"weights: {weight_format} needs widths in multiples of 16, got a matrix {tuple(weight.shape)}"
         )
-    match weight_format:
-        case "fp8":
-            return QuantizedLinear(quantize_w8(weight, torch.float8_e4m3fn), bias, "fp8", compute_dtype)
-        case "int8":
-            return QuantizedLinear(quantize_w8(weight, torch.int8), bias, "int8", compute_dtype)
-        case "w4a8" if weight.is_cuda:
-            return QuantizedLinear(quantize_w4(weight), bias, "int8_sums", compute_dtype)
-        case "w4a8":
-            return QuantizedLinear(decode_w4(quantize_w4(weight)), bias, "int8", compute_dtype)
-        case _:
-            raise SettingsError(f"weights must be native, fp8, int8 or w4a8, got {weight_format!r}")
+
+
+def quantized_linear(weight: W8Weight | W4Weight, bias: Tensor | None, compute_dtype: torch.dtype) -> QuantizedLinear:
+    """A layer over low-bit weights. On a CPU 4-bit ones are kept decoded to int8: the same numbers, faster there."""
+    if isinstance(weight, W4Weight):
+        if weight.codes.is_cuda:
+            return QuantizedLinear(weight, bias, "int8_sums", compute_dtype)
+        weight = decode_w4(weight)
+    return QuantizedLinear(weight, bias, "int8" if weight.codes.dtype == torch.int8 else "fp8", compute_dtype)
 
 
 def norm_for(linear: Linear, x: Tensor, weight: Tensor, eps: float) -> Activation:

@@ -11,9 +11,10 @@ W4_LEVELS = 15
 W4_RANGE = 119
 """First-level codes stay in [-119, 119], so that min + 15 * step fits int8 after both are rounded (QServe, 4.1)."""
 
-
 CHUNK = 2 * GROUP
 """Input channels whose codes share bytes."""
+
+W8_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +64,18 @@ class W4Weight:
 
 def quantize_w8(weight: Tensor, dtype: torch.dtype) -> W8Weight:
     """Symmetric per output channel. weight: [N, K] float; dtype: torch.int8 or torch.float8_e4m3fn, else ValueError."""
-    if dtype not in (torch.int8, torch.float8_e4m3fn):
-        raise ValueError(f"dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype}")
-    largest = 127.0 if dtype == torch.int8 else 448.0
-    weight = weight.float()
-    scale = weight.abs().amax(dim=1).clamp_(min=1e-10).div_(largest)
-    codes = weight.div(scale[:, None])
+    scale = w8_scale(weight, dtype)
+    codes = weight.float().div(scale[:, None])
     codes = codes.round_() if dtype == torch.int8 else codes
+    largest = W8_LARGEST[dtype]
     return W8Weight(codes.clamp_(-largest, largest).to(dtype).contiguous(), scale)
+
+
+def w8_scale(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factors [N] by which the rows of weight [N, K] just fit dtype; errors as in quantize_w8."""
+    if dtype not in W8_LARGEST:
+        raise ValueError(f"dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype}")
+    return weight.float().abs().amax(dim=1).clamp_(min=1e-10).div_(W8_LARGEST[dtype])
 
 
 def quantize_w4(weight: Tensor) -> W4Weight:
@@ -79,25 +84,30 @@ def quantize_w4(weight: Tensor) -> W4Weight:
     Rows are scaled to [-119, 119] first; a group then tries the step that covers its range and up to three smaller
     ones, which clip its ends but round the rest finer.
     """
-    num_rows, in_features = weight.shape
-    weight = weight.float()
-    scale = weight.abs().amax(dim=1).clamp_(min=1e-10).div_(W4_RANGE)
+    scale = w4_scale(weight)
+    groups = weight.float().div(scale[:, None]).split(GROUP, dim=1)
+    levels = [choose_levels(group) for group in groups]
+    codes = [encode_w4(group, *chosen) for group, chosen in zip(groups, levels, strict=True)]
+    step, minimum = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+    return pack_w4(torch.cat(codes, dim=1), step, minimum, scale)
+
+
+def w4_scale(weight: Tensor) -> Tensor:
+    """The factors [N] that scale the rows of weight [N, K] to [-119, 119]."""
+    return weight.float().abs().amax(dim=1).clamp_(min=1e-10).div_(W4_RANGE)
+
+
+def pack_w4(codes: Tensor, step: Tensor, minimum: Tensor, scale: Tensor) -> W4Weight:
+    """A W4Weight of whole numbers: codes [N, K] in [0, 15], step and minimum [N, ceil(K / 128)], scale float32 [N]."""
+    num_rows, in_features = codes.shape
     num_chunks = -(-in_features // CHUNK)
-    # padding repeats the last channel, so that it widens no group's range
-    padded = weight[:, torch.arange(num_chunks * CHUNK, device=weight.device).clamp_(max=in_features - 1)]
-    values = padded.div(scale[:, None]).view(num_rows, 2 * num_chunks, GROUP)
-    step, minimum = _choose_levels(values)
-    codes = _encode(values, step, minimum).to(torch.uint8).view(num_rows, num_chunks * CHUNK)
-    codes[:, in_features:] = 0
-    low, high = codes.view(num_rows, num_chunks, 2, GROUP).unbind(dim=2)
-    levels = torch.stack((step.to(torch.uint8), minimum.to(torch.int8).view(torch.uint8)), dim=-1)
+    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, num_chunks * CHUNK - in_features))
+    low, high = padded.view(num_rows, num_chunks, 2, GROUP).unbind(dim=2)
+    pairs = torch.stack((step.to(torch.uint8), minimum.to(torch.int8).view(torch.uint8)), dim=-1)
+    levels = torch.nn.functional.pad(pairs, (0, 0, 0, 2 * num_chunks - pairs.shape[1])).view(num_rows, num_chunks, 4)
     return W4Weight(
         codes=(low | high << 4).transpose(0, 1).contiguous(),
-        levels=levels.view(num_rows, num_chunks, 4)
-        .view(torch.int32)
-        .squeeze(-1)
-        .t()
-        .clone(memory_format=torch.contiguous_format),
+        levels=levels.view(torch.int32).squeeze(-1).t().clone(memory_format=torch.contiguous_format),
         scale=scale,
         in_features=in_features,
     )
@@ -113,8 +123,8 @@ def decode_w4(weight: W4Weight) -> W8Weight:
     return W8Weight(rows[:, : weight.in_features].contiguous(), weight.scale)
 
 
-def _choose_levels(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(step, minimum), both [N, groups, 1] whole numbers, of values [N, groups, 128] in [-119, 119]."""
+def choose_levels(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(step, minimum), both [N, 1] whole numbers, of one group's values [N, up to 128] in [-119, 119]."""
     low, high = values.aminmax(dim=-1, keepdim=True)
     covering = ((high - low) / W4_LEVELS).ceil_().clamp_(min=1)
     best_error = torch.full_like(low, torch.inf)
@@ -122,7 +132,7 @@ def _choose_levels(values: Tensor) -> tuple[Tensor, Tensor]:
     for smaller in range(4):
         step = (covering - smaller).clamp_(min=1)
         minimum = ((low + high - W4_LEVELS * step) / 2).round_().clamp_(min=-127).minimum(127 - W4_LEVELS * step)
-        decoded = _encode(values, step, minimum).mul_(step).add_(minimum)
+        decoded = encode_w4(values, step, minimum).mul_(step).add_(minimum)
         error = decoded.sub_(values).square_().sum(dim=-1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -131,5 +141,6 @@ def _choose_levels(values: Tensor) -> tuple[Tensor, Tensor]:
     return best_step, best_minimum
 
 
-def _encode(values: Tensor, step: Tensor, minimum: Tensor) -> Tensor:
+def encode_w4(values: Tensor, step: Tensor, minimum: Tensor) -> Tensor:
+    """The codes in [0, 15] nearest to values."""
     return values.sub(minimum).div_(step).round_().clamp_(0, W4_LEVELS)

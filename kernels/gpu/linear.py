@@ -17,6 +17,9 @@ from .overlap import can_overlap
 DECODE_TOKENS = 64
 """Batches up to here read weights at memory speed; larger ones go to the prefill kernels."""
 
+FP8_DECODE_TOKENS = 32
+"""The same for fp8 where torch's scaled matmul can take over: at 64 tokens our decode kernel is slower than bf16."""
+
 WIDE = 16384
 """Columns from which a W4A8 matrix fills the chip with tiles that do not share K."""
 
@@ -53,21 +56,25 @@ class PrefillTiles:
 
 def decode_tiles(num_tokens: int, num_columns: int, num_channels: int, dtype: torch.dtype) -> DecodeTiles:
     """Tiles of a decode launch; dtype: of the weight's codes (uint8: W4A8). Chosen from sweeps on an H200."""
-    block_m = max(triton.next_power_of_2(num_tokens), 8)
+    block_m = min(max(triton.next_power_of_2(num_tokens), 8), 64)
+    wide, tall = num_columns >= WIDE, num_channels >= 2 * num_columns
     if dtype != torch.uint8:
-        return DecodeTiles(min(block_m, 64), 32, 4, 4, 3)
-    wide = num_columns >= WIDE
+        if wide:
+            return DecodeTiles(block_m, 16, 4, 4, 4) if block_m < 16 else DecodeTiles(block_m, 32, 4, 4, 3)
+        return DecodeTiles(block_m, 32, 8, 4, 4) if block_m < 32 else DecodeTiles(block_m, 32, 4, 4, 3)
     if wide and block_m > 32:
         return DecodeTiles(64, 64, 1, 4, 3)
     if wide and block_m > 8:
         return DecodeTiles(block_m, 128, 1, 4, 6)
-    if wide or block_m > 16:
-        return DecodeTiles(min(block_m, 32), 32, 4, 4, 3)
-    if num_channels >= 2 * num_columns:
-        return DecodeTiles(block_m, 16, 8, 4, 3)
-    if block_m > 8:
-        return DecodeTiles(block_m, 32, 4, 4, 3)
-    return DecodeTiles(block_m, 16, 8, 4, 2) if num_columns > num_channels else DecodeTiles(block_m, 32, 8, 4, 4)
+    if wide:
+        return DecodeTiles(block_m, 32, 2, 4, 3)
+    if block_m > 16:
+        return DecodeTiles(32, 32, 4, 4, 3)
+    if tall:
+        return DecodeTiles(block_m, 32, 8, 4, 3, 8) if block_m > 8 else DecodeTiles(block_m, 32, 4, 4, 4, 8)
+    if num_columns > num_channels:
+        return DecodeTiles(block_m, 32, 4, 4, 3) if block_m > 8 else DecodeTiles(block_m, 16, 8, 4, 3)
+    return DecodeTiles(block_m, 16, 8, 4, 3) if block_m > 8 else DecodeTiles(block_m, 32, 8, 4, 4, 8)
 
 
 def prefill_tiles(num_tokens: int) -> PrefillTiles:
@@ -89,10 +96,11 @@ def linear_w4a8(x: QuantizedActivation, weight: W4Weight, bias: Tensor | None, o
 def linear_w8a8(x: QuantizedActivation, weight: W8Weight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """See lserve.kernels.linear.linear_w8a8. fp8 for many tokens is torch's scaled matmul where it gives out_dtype."""
     num_tokens = x.codes.shape[0]
-    if num_tokens <= DECODE_TOKENS:
+    by_torch = x.codes.dtype == torch.float8_e4m3fn and out_dtype == torch.bfloat16 and weight.out_features % 16 == 0
+    if num_tokens <= (FP8_DECODE_TOKENS if by_torch else DECODE_TOKENS):
         tiles = decode_tiles(num_tokens, weight.out_features, weight.in_features, weight.codes.dtype)
         return launch_w8a8_decode(x, weight, bias, out_dtype, tiles)
-    if x.codes.dtype == torch.float8_e4m3fn and out_dtype == torch.bfloat16 and weight.out_features % 16 == 0:
+    if by_torch:
         return scaled_mm(x, weight, bias)
     return launch_w8a8_prefill(x, weight, bias, out_dtype, prefill_tiles(num_tokens))
 
@@ -136,7 +144,7 @@ def launch_w4a8_decode(
         "BLOCK_N": tiles.block_n,
         "STAGES": tiles.stages,
         "PDL": overlap,
-        "PREFETCH": min(tiles.prefetch, num_chunks) if overlap and even else 0,
+        "PREFETCH": min(tiles.prefetch, max(num_chunks - tiles.slots, 0)) if overlap and even else 0,
         "num_warps": tiles.num_warps,
         "launch_pdl": overlap,
     }

@@ -9,7 +9,7 @@ left operand, whose tile is 16 rows high in the matrix unit; tokens are its narr
 import triton
 import triton.language as tl
 
-from .overlap import after_previous, let_next_start, prefetch_run
+from .overlap import let_next_start, prefetch_run, zero_after_previous
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 CHUNK = tl.constexpr(256)
@@ -76,10 +76,8 @@ def w4a8_wide_kernel(
     kept = columns < num_columns
     let_next_start(PDL)
     for chunk in tl.static_range(PREFETCH):
-        prefetch_run(codes_ptr + (chunk * num_columns + first_column).to(tl.int64) * GROUP, BLOCK_N * GROUP)
+        prefetch_run(codes_ptr + ((chunk + 1) * num_columns + first_column).to(tl.int64) * GROUP, BLOCK_N * GROUP)
     w_scale, bias = _column_factors(columns, num_columns, w_scale_ptr, bias_ptr, BIAS)
-    after_previous(PDL)
-    x_scale = tl.load(x_scale_ptr + tokens, mask=present, other=0.0)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for step in tl.range(0, num_chunks, num_stages=STAGES):
         rows = (step * num_columns + columns).to(tl.int64)
@@ -90,20 +88,23 @@ def w4a8_wide_kernel(
         else:
             packed = tl.load(codes, mask=kept[:, None], other=0)
             levels = tl.load(levels_ptr + rows, mask=kept, other=0)
+        waited = CHUNK * zero_after_previous(step, PDL)
         low_inside = present[None, :]
         high_inside = low_inside
         if not EVEN_K:
             low_inside &= (step * CHUNK + inner < num_channels)[:, None]
             high_inside &= (step * CHUNK + GROUP + inner < num_channels)[:, None]
-        x_low = tl.load(x_rows + step * CHUNK, mask=low_inside, other=0)
-        x_high = tl.load(x_rows + step * CHUNK + GROUP, mask=high_inside, other=0)
-        sums = x_sums_ptr + tokens * num_groups + 2 * step
+        x = x_rows + (step * CHUNK + waited)
+        x_low = tl.load(x, mask=low_inside, other=0)
+        x_high = tl.load(x + GROUP, mask=high_inside, other=0)
+        sums = x_sums_ptr + tokens * num_groups + (2 * step + waited)
         sums_low = tl.load(sums, mask=present, other=0)
         sums_high = tl.load(sums + 1, mask=present & (2 * step + 1 < num_groups), other=0)
         low = tl.dot(low_nibbles(packed), x_low, out_dtype=tl.int32)
         high = tl.dot(high_nibbles(packed), x_high, out_dtype=tl.int32)
         acc += low * (levels & 255)[:, None] + high * ((levels >> 16) & 255)[:, None]
         acc += ((levels << 16) >> 24)[:, None] * sums_low[None, :] + (levels >> 24)[:, None] * sums_high[None, :]
+    x_scale = tl.load(x_scale_ptr + tokens, mask=present, other=0.0)
     _finish(acc, tokens, columns, num_tokens, num_columns, x_scale, w_scale, bias, out_ptr, BIAS)
 
 
@@ -124,16 +125,13 @@ def w4a8_decode_kernel(
     kept = columns < num_columns
     let_next_start(PDL)
     for chunk in tl.static_range(PREFETCH):
-        prefetch_run(codes_ptr + (chunk * num_columns + first_column).to(tl.int64) * GROUP, BLOCK_N * GROUP)
+        prefetch_run(codes_ptr + ((chunk + SLOTS) * num_columns + first_column).to(tl.int64) * GROUP, BLOCK_N * GROUP)
     w_scale, bias = _column_factors(columns, num_columns, w_scale_ptr, bias_ptr, BIAS)
-    after_previous(PDL)
-    x_scale = tl.load(x_scale_ptr + tokens, mask=present, other=0.0)
     acc = tl.zeros((SLOTS, BLOCK_N, BLOCK_M), tl.int32)
     for step in tl.range(0, tl.cdiv(num_chunks, SLOTS), num_stages=STAGES):
         chunks = step * SLOTS + slots
         rows = (chunks.to(tl.int64) * num_columns)[:, None] + columns[None, :]
         codes = codes_ptr + rows[:, :, None] * GROUP + inner[None, None, :]
-        sums = x_sums_ptr + (tokens * num_groups)[None, :] + 2 * chunks[:, None]
         if EVEN_K & EVEN_N:
             packed = tl.load(codes)
             levels = tl.load(levels_ptr + rows)
@@ -141,6 +139,7 @@ def w4a8_decode_kernel(
             real = (chunks < num_chunks)[:, None] & kept[None, :]
             packed = tl.load(codes, mask=real[:, :, None], other=0)
             levels = tl.load(levels_ptr + rows, mask=real, other=0)
+        waited = CHUNK * zero_after_previous(step, PDL)
         low_inside = present[None, None, :]
         high_inside = low_inside
         sums_inside = present[None, :]
@@ -151,7 +150,8 @@ def w4a8_decode_kernel(
             high_inside &= channels + GROUP < num_channels
             sums_inside &= 2 * chunks[:, None] < num_groups
             sums_next &= 2 * chunks[:, None] + 1 < num_groups
-        x = x_rows + (chunks * CHUNK)[:, None, None]
+        x = x_rows + (chunks * CHUNK + waited)[:, None, None]
+        sums = x_sums_ptr + (tokens * num_groups)[None, :] + (2 * chunks + waited)[:, None]
         x_low = tl.load(x, mask=low_inside, other=0)
         x_high = tl.load(x + GROUP, mask=high_inside, other=0)
         sums_low = tl.load(sums, mask=sums_inside, other=0)
@@ -161,6 +161,7 @@ def w4a8_decode_kernel(
         acc += low * (levels & 255)[:, :, None] + high * ((levels >> 16) & 255)[:, :, None]
         acc += ((levels << 16) >> 24)[:, :, None] * sums_low[:, None, :]
         acc += (levels >> 24)[:, :, None] * sums_high[:, None, :]
+    x_scale = tl.load(x_scale_ptr + tokens, mask=present, other=0.0)
     total = tl.sum(acc, axis=0)
     _finish(total, tokens, columns, num_tokens, num_columns, x_scale, w_scale, bias, out_ptr, BIAS)
 
@@ -181,8 +182,6 @@ def w8a8_decode_kernel(
     kept = columns < num_columns
     let_next_start(PDL)
     w_scale, bias = _column_factors(columns, num_columns, w_scale_ptr, bias_ptr, BIAS)
-    after_previous(PDL)
-    x_scale = tl.load(x_scale_ptr + tokens, mask=present, other=0.0)
     acc = tl.zeros((SLOTS, BLOCK_N, BLOCK_M), SUM)
     for step in tl.range(0, tl.cdiv(num_chunks, SLOTS), num_stages=STAGES):
         channels = (step * SLOTS + slots) * BLOCK_K
@@ -191,10 +190,12 @@ def w8a8_decode_kernel(
         else:
             inside = (channels[:, None] + inner[None, :] < num_channels)[:, None, :]
             codes = tl.load(code_rows + channels[:, None, None], mask=inside & kept[None, :, None], other=0.0)
+        waited = CHUNK * zero_after_previous(step, PDL)
         x_inside = present[None, None, :]
         if not EVEN_K:
             x_inside &= (channels[:, None] + inner[None, :] < num_channels)[:, :, None]
-        x = tl.load(x_rows + channels[:, None, None], mask=x_inside, other=0.0)
+        x = tl.load(x_rows + (channels + waited)[:, None, None], mask=x_inside, other=0.0)
         acc = tl.dot(codes, x, acc=acc, out_dtype=SUM)
+    x_scale = tl.load(x_scale_ptr + tokens, mask=present, other=0.0)
     total = tl.sum(acc, axis=0)
     _finish(total, tokens, columns, num_tokens, num_columns, x_scale, w_scale, bias, out_ptr, BIAS)

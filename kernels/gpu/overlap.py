@@ -2,7 +2,7 @@
 
 A kernel launched with `launch_pdl=True` calls `after_previous` before it touches anything but weights; from there on
 all earlier work is complete. What stands before that call overlaps the previous kernel: a linear layer brings its
-weights into the L2 there. Kernels launched without the flag wait for everything, as always.
+first weights there. Kernels launched without the flag wait for everything, as always.
 """
 
 from functools import cache
@@ -33,6 +33,21 @@ def after_previous(PDL: tl.constexpr):
     """Waits until the kernel ahead is done and its writes can be seen."""
     if PDL:
         gdc_wait()
+
+
+@triton.jit
+def zero_after_previous(step, PDL: tl.constexpr):
+    """`after_previous` inside a pipelined loop: 0, to be added to the addresses that must wait.
+
+    What a step loads from other addresses is asked for before the wait, since the loop's first loads stand ahead of it.
+    """
+    if PDL:
+        return tl.inline_asm_elementwise(
+            """{ .reg .pred first; setp.eq.s32 first, $1, 0; @first griddepcontrol.wait; mov.u32 $0, 0; }""",
+            "=r,r", [step], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return 0
 
 
 @triton.jit
