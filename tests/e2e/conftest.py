@@ -1,13 +1,13 @@
 """Fixtures of the end-to-end tests."""
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running_cluster import RunningCluster
+from running_cluster import RunningCluster, free_port
 from tiny_model import make_tiny_model
+from trace_collector import TraceCollector
 
 from lserve.cli.demo_model import SERVED_NAME, demo_model
 from lserve.deployments import serve_environment
@@ -31,12 +31,21 @@ def valkey(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedValkey]:
 
 
 @pytest.fixture(scope="package")
-def running() -> Iterator[RunningCluster]:
+def collector() -> Iterator[TraceCollector]:
+    """Takes the running cluster's traces."""
+    with TraceCollector.started() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="package")
+def running(collector: TraceCollector) -> Iterator[RunningCluster]:
     """The demo model behind real Ray Serve: a router, one prefill and two decode workers, and a Valkey."""
     root = str(Path(__file__).parents[2])
     with pytest.MonkeyPatch.context() as environment, EmbeddedValkey() as valkey:
         environment.setenv("PYTHONPATH", root + os.pathsep + os.environ.get("PYTHONPATH", ""))
         environment.setenv("LSERVE_CLUSTER_SECRET", SECRET)
+        environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
         for name, value in serve_environment.SERVE_ENVIRONMENT.items():
             environment.setenv(name, value)
         settings = {
@@ -50,10 +59,3 @@ def running() -> Iterator[RunningCluster]:
         }
         with RunningCluster.started(settings) as cluster:
             yield cluster
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
