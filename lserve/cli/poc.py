@@ -111,6 +111,9 @@ def _study(
         findings = study.run()
     if not findings.results or not findings.lengths:
         raise LServeError("nothing was measured: no document could be read by every setting, or it was interrupted")
+    if all(setting.budget is None for setting in study.settings):
+        longest = f"prompts of {max(findings.lengths):,} tokens"
+        tell(f"{longest} are too short to leave anything out: no sparse setting was tried")
     advice = Advice(study.settings, findings, options.max_loss, options.answer_tokens, options.gpus or 1)
     kinds = Counter(document.kind for document in documents).most_common()
     facts = RunFacts(

@@ -138,8 +138,10 @@ class HttpProbe:
             times: list[float] = []
             body = {**self._body(message, num_tokens), "ignore_eos": True}
             usage = self._stream(body, lambda chunk, now: times.append(now) if _text(chunk) else None)
-            details = usage.get("prompt_tokens_details") or {}
-            return _timing(times, details.get("cached_tokens") or 0)
+            details, tokens = usage.get("prompt_tokens_details") or {}, usage.get("completion_tokens") or len(times)
+            # one message may carry several tokens, so only their mean is known
+            mean = (times[-1] - times[0]) / max(tokens - 1, 1) if times else 0.0
+            return Timing(times[0] if times else 0.0, (mean,) * (tokens - 1), details.get("cached_tokens") or 0)
 
         with ThreadPoolExecutor(batch) as threads:
             return list(threads.map(one, range(batch)))
