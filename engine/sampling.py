@@ -45,7 +45,7 @@ class TokenHistory:
         assert start <= self._num_tokens, f"{start} tokens were counted, {self._num_tokens} are left"
         if start < self._num_tokens:
             fresh = upload(token_ids[start:], torch.int64, like.device)
-            self._seen[fresh] = True
+            self._seen.index_fill_(0, fresh, True)  # assigning a scalar would wait for the device
             output = fresh[max(num_prompt_tokens - start, 0) :]
             self._counts.index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
         return self._seen, self._counts

@@ -28,9 +28,12 @@ QUESTION = "What is the capital of France?"
 
 
 def settings(valkey: str, num_gpus: float) -> dict[str, Any]:
-    """A short prompt, or the short rest of a long one, is prefilled by its decode worker."""
+    """A short prompt, or the short rest of a long one, is prefilled by its decode worker.
+
+    float32, since bfloat16 rounds the demo model's two best first tokens of the answer to the question into one.
+    """
     return {
-        "model": {"path": str(demo_model()), "served_name": SERVED_NAME},
+        "model": {"path": str(demo_model()), "served_name": SERVED_NAME, "dtype": "float32"},
         "cache": {"kv_dtype": "int4", "retrieval_pool_bytes": 1 << 30},
         "sparsity": {"token_budget": 1024},
         "prefill": {"replicas": 1, "num_gpus": num_gpus, "local_threshold": 512, "chunk_size": 512},
@@ -80,7 +83,7 @@ def stream(cluster: RunningCluster, question: str) -> tuple[str, dict[str, Any]]
 def test_a_question_is_answered_in_a_stream(cluster: RunningCluster) -> None:
     text, usage = stream(cluster, QUESTION)
     assert "Paris" in text
-    assert usage["completion_tokens"] == 24 or usage["completion_tokens"] > 4
+    assert usage["completion_tokens"] > 4
     cluster.wait_until_idle()
 
 
