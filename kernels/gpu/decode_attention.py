@@ -16,6 +16,7 @@ from .work import (
     first_window_page,
     listed_pages,
     num_programs,
+    pick,
     run_of,
     run_start,
     runs,
@@ -28,7 +29,7 @@ if not INTERPRETED:
 
 PROGRAMS_PER_MULTIPROCESSOR = 4
 MIN_UNITS = 2
-MERGE_BLOCK = 32
+MERGE_BLOCK = 64
 LOG2_E = 1.4426950408889634
 
 
@@ -37,13 +38,13 @@ def _unit_ends(
     positions, budgets, num_batch, sink_pages, window,
     RETRIEVAL: tl.constexpr, STREAMING: tl.constexpr, P: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Running ends of the sequences' units, int32 [BLOCK_B]."""
+    """Positions, budgets and the running ends of the sequences' units, int32 [BLOCK_B]."""
     b = tl.arange(0, BLOCK_B)
-    position = tl.load(positions + b, mask=b < num_batch, other=0)
+    position = tl.load(positions + b, mask=b < num_batch, other=0).to(tl.int32)
     budget = tl.load(budgets + b, mask=b < num_batch, other=0)
     units = RETRIEVAL * (listed_pages(position, budget, sink_pages, window, P) + 1)
     units += STREAMING * (always_kept(position, sink_pages, window, P) + 1)
-    return tl.cumsum(tl.where(b < num_batch, units, 0), 0)
+    return position, budget, tl.cumsum(tl.where(b < num_batch, units, 0), 0)
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def _load_value_range(
 @triton.jit
 def _decode_kernel(
     query, out, partial_out, partial_max, partial_sum,
-    retrieval_codes, retrieval_half, streaming_codes, streaming_half, head_slots, retrieval_heads, streaming_heads,
+    retrieval_codes, retrieval_half, streaming_codes, streaming_half, retrieval_heads, streaming_heads,
     rows_of, positions, budgets, retrieval_table, streaming_table, chosen_pages, chosen_counts, tail_key, tail_value,
     num_batch, scale, sink_size, window,
     query_stride_b, query_stride_h, out_stride_b, out_stride_h,
@@ -114,7 +115,7 @@ def _decode_kernel(
     let_next_start(PDL)
     program = tl.program_id(0)
     sink_pages = (sink_size + P - 1) // P
-    ends = _unit_ends(positions, budgets, num_batch, sink_pages, window, RETRIEVAL, STREAMING, P, BLOCK_B)
+    _, _, ends = _unit_ends(positions, budgets, num_batch, sink_pages, window, RETRIEVAL, STREAMING, P, BLOCK_B)
     total = tl.max(ends, 0)
     num_runs = runs(total, tl.num_programs(0), MIN_UNITS)
     unit = run_start(program, total, num_runs)
@@ -136,17 +137,19 @@ def _decode_kernel(
         if is_streaming:
             count = always_kept(position, sink_pages, window, P)
             offset -= RETRIEVAL * (listed + 1)
-            order = RETRIEVAL + offset // (count + 1)
+            in_class = offset // (count + 1)
+            order = RETRIEVAL + in_class
             length = count
             start = offset % (count + 1)
-            head = tl.load(streaming_heads + offset // (count + 1)).to(tl.int32)
+            head = tl.load(streaming_heads + in_class).to(tl.int32)
             is_chosen = sealed < 0
             num_first = sealed * 0 + sink_pages
             gap = tl.maximum(first_window_page(position, window, P), sink_pages) - sink_pages
             near = sealed * 0 + sink_size
             far = (position - window + 1).to(tl.int32)
         else:
-            order = offset // (listed + 1)
+            in_class = offset // (listed + 1)
+            order = in_class
             length = listed
             start = offset % (listed + 1)
             head = tl.load(retrieval_heads + order).to(tl.int32)
@@ -167,7 +170,7 @@ def _decode_kernel(
             retrieval_table + b.to(tl.int64) * retrieval_table_stride,
         )
         chosen = chosen_pages + row * chosen_stride_r + head * chosen_stride_h
-        slot = tl.multiple_of(tl.load(head_slots + head).to(tl.int64) * slot_stride, 16)
+        slot = tl.multiple_of(in_class.to(tl.int64) * slot_stride, 16)
         stop = tl.minimum(start + last - unit, length + 1)
         unit += stop - start
         last_page = tl.minimum(stop, count)
@@ -277,12 +280,15 @@ def _merge_kernel(
     b = pair // heads
     order = pair % heads
     sink_pages = (sink_size + P - 1) // P
-    ends = _unit_ends(positions, budgets, num_batch, sink_pages, window, RETRIEVAL, STREAMING, P, BLOCK_B)
+    every_position, every_budget, ends = _unit_ends(
+        positions, budgets, num_batch, sink_pages, window, RETRIEVAL, STREAMING, P, BLOCK_B
+    )
+    lines = tl.arange(0, BLOCK_B)
     total = tl.max(ends, 0)
     num_runs = runs(total, programs, MIN_UNITS)
-    position = tl.load(positions + b)
-    length = listed_pages(position, tl.load(budgets + b), sink_pages, window, P) + 1
-    first = tl.max(tl.where(tl.arange(0, BLOCK_B) < b, ends, 0), 0)
+    position = pick(every_position, lines, b)
+    length = listed_pages(position, pick(every_budget, lines, b), sink_pages, window, P) + 1
+    first = tl.max(tl.where(lines < b, ends, 0), 0)
     if order < RETRIEVAL:
         first += order * length
         head = tl.load(retrieval_heads + order).to(tl.int32)
@@ -339,8 +345,8 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
     places = programs + num_batch * num_heads
     partial_out = torch.empty(places, group, head_dim, dtype=torch.float32, device=query.device)
     partial_max, partial_sum = torch.empty(2, places, group, dtype=torch.float32, device=query.device)
-    retrieval_codes, retrieval_half = pool_views(layer.retrieval_pool, layout)
-    streaming_codes, streaming_half = pool_views(layer.streaming_pool, layout)
+    retrieval_codes, retrieval_half = pool_views(layer.retrieval_pool[:, layer.first_retrieval_slot :], layout)
+    streaming_codes, streaming_half = pool_views(layer.streaming_pool[:, layer.first_streaming_slot :], layout)
     block_b, block_d = triton.next_power_of_2(num_batch), triton.next_power_of_2(head_dim)
     overlap = can_overlap(query.device)
     launch = {"PDL": overlap, "launch_pdl": overlap}
@@ -352,7 +358,7 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
         **launch,
     }  # fmt: skip
     arguments = (
-        layer.head_slots, layer.retrieval_heads, layer.streaming_heads,
+        layer.retrieval_heads, layer.streaming_heads,
         batch.rows, batch.positions, batch.budget_pages, batch.retrieval_table, batch.streaming_table,
         selection.pages, selection.counts, layer.tail_key, layer.tail_value,
         num_batch, layer.scale * LOG2_E, layer.sink_size, layer.local_window,

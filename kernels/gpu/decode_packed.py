@@ -35,6 +35,7 @@ run_start = gluon.jit(work.run_start.fn)
 runs = gluon.jit(work.runs.fn)
 sealed_pages = gluon.jit(work.sealed_pages.fn)
 sequence_of = gluon.jit(work.sequence_of.fn)
+pick = gluon.jit(work.pick.fn)
 after_previous = gluon.jit(overlap.after_previous.fn)
 let_next_start = gluon.jit(overlap.let_next_start.fn)
 
@@ -73,7 +74,7 @@ def _copy_page(
 @gluon.jit
 def _decode_packed_kernel(
     query, out, partial_out, partial_max, partial_sum,
-    retrieval_words, streaming_words, head_slots, retrieval_heads, streaming_heads,
+    retrieval_words, streaming_words, retrieval_heads, streaming_heads,
     rows_of, positions, budgets, retrieval_table, streaming_table, chosen_pages, chosen_counts, tail_key, tail_value,
     num_batch, scale, sink_size, window,
     query_stride_b, query_stride_h, out_stride_b, out_stride_h,
@@ -104,8 +105,9 @@ def _decode_packed_kernel(
     program = gl.program_id(0)
     sink_pages = (sink_size + P - 1) // P
     lines = gl.arange(0, BLOCK_B, LINE)
-    every_position = gl.load(positions + lines, mask=lines < num_batch, other=0)
+    every_position = gl.load(positions + lines, mask=lines < num_batch, other=0).to(gl.int32)
     every_budget = gl.load(budgets + lines, mask=lines < num_batch, other=0)
+    every_row = gl.load(rows_of + lines, mask=lines < num_batch, other=0).to(gl.int32)
     units = RETRIEVAL * (listed_pages(every_position, every_budget, sink_pages, window, P) + 1)
     units += STREAMING * (always_kept(every_position, sink_pages, window, P) + 1)
     ends = gl.associative_scan(gl.where(lines < num_batch, units, 0), 0, _add)
@@ -127,9 +129,9 @@ def _decode_packed_kernel(
     value_ranges = gl.allocate_shared_memory(gl.int32, [STAGES, P], LINE_SHARED)
     while unit < last:
         b, first = sequence_of(ends, unit)
-        position = gl.load(positions + b)
-        budget = gl.load(budgets + b)
-        row = gl.load(rows_of + b).to(gl.int64)
+        position = pick(every_position, lines, b)
+        budget = pick(every_budget, lines, b)
+        row = pick(every_row, lines, b).to(gl.int64)
         sealed = sealed_pages(position, P)
         listed = listed_pages(position, budget, sink_pages, window, P)
         offset = unit - first
@@ -138,9 +140,10 @@ def _decode_packed_kernel(
         if is_streaming:
             length = always_kept(position, sink_pages, window, P)
             offset -= RETRIEVAL * (listed + 1)
-            order = RETRIEVAL + offset // (length + 1)
+            in_class = offset // (length + 1)
+            order = RETRIEVAL + in_class
             start = offset % (length + 1)
-            head = gl.load(streaming_heads + offset // (length + 1)).to(gl.int32)
+            head = gl.load(streaming_heads + in_class).to(gl.int32)
             count = length
             num_first = sealed * 0 + sink_pages
             gap = gl.maximum(first_window_page(position, window, P), sink_pages) - sink_pages
@@ -148,7 +151,8 @@ def _decode_packed_kernel(
             far = (position - window + 1).to(gl.int32)
         else:
             length = listed
-            order = offset // (length + 1)
+            in_class = offset // (length + 1)
+            order = in_class
             start = offset % (length + 1)
             head = gl.load(retrieval_heads + order).to(gl.int32)
             is_chosen = sealed + 1 > budget
@@ -167,7 +171,7 @@ def _decode_packed_kernel(
             page_stride = streaming_page_stride.to(gl.int64)
             table = streaming_table + b.to(gl.int64) * streaming_table_stride
         chosen = chosen_pages + row * chosen_stride_r + head * chosen_stride_h
-        slot = gl.load(head_slots + head).to(gl.int64) * slot_stride
+        slot = in_class.to(gl.int64) * slot_stride
         stop = gl.minimum(start + last - unit, length + 1)
         unit += stop - start
         last_page = gl.minimum(stop, count)
@@ -259,7 +263,7 @@ def _decode_packed_kernel(
             tile_channel = gl.arange(0, D, gl.SliceLayout(0, TILE))
             k_plain = gl.arange(0, D, gl.SliceLayout(1, B))
             q_plain = gl.load(gl.expand_dims(q_line, 0) + gl.expand_dims(k_plain, 1), mask=q_mask, other=0.0)
-            in_page = (position % P).to(gl.int32)
+            in_page = position % P
             for part in range(2):
                 here = part * 32 + tile_token
                 tile_mask = gl.expand_dims(here <= in_page, 1) & gl.expand_dims(tile_channel >= 0, 0)

@@ -19,6 +19,7 @@ from .work import (
     chooses,
     first_window_page,
     num_programs,
+    pick,
     run_start,
     runs,
     sealed_pages,
@@ -28,7 +29,6 @@ from .work import (
 if not INTERPRETED:
     from . import packed, select_packed
 
-BOUND_PAGES = 16
 BOUND_PROGRAMS = 8
 BOUND_STAGES = 4
 BOUND_WARPS = 2
@@ -40,7 +40,7 @@ LOG2_E = 1.4426950408889634
 @triton.jit
 def _load_sequences(positions, budgets, reselects, num_batch, BLOCK_B: tl.constexpr, P: tl.constexpr):
     b = tl.arange(0, BLOCK_B)
-    position = tl.load(positions + b, mask=b < num_batch, other=0)
+    position = tl.load(positions + b, mask=b < num_batch, other=0).to(tl.int32)
     budget = tl.load(budgets + b, mask=b < num_batch, other=1)
     reselect = tl.load(reselects + b, mask=b < num_batch, other=0)
     return position, budget, (b < num_batch) & chooses(position, budget, reselect, P)
@@ -48,7 +48,7 @@ def _load_sequences(positions, budgets, reselects, num_batch, BLOCK_B: tl.conste
 
 @triton.jit
 def _bounds_kernel(
-    query, bounds, pool_half, head_slots, retrieval_heads, positions, budgets, reselects, retrieval_table,
+    query, bounds, pool_half, retrieval_heads, positions, budgets, reselects, retrieval_table,
     num_batch, scale, query_stride_b, query_stride_h, page_stride, slot_stride, table_stride, bounds_stride,
     RETRIEVAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     P: tl.constexpr, GROUPS: tl.constexpr, HALF_LEVELS: tl.constexpr, KEY_MIN: tl.constexpr, KEY_STEP: tl.constexpr,
@@ -65,20 +65,21 @@ def _bounds_kernel(
     num_runs = runs(total, tl.num_programs(0), 1)
     unit = run_start(tl.program_id(0), total, num_runs)
     last = run_start(tl.program_id(0) + 1, total, num_runs)
+    lines = tl.arange(0, BLOCK_B)
     g = tl.arange(0, BLOCK_G)
     columns = tl.arange(0, BLOCK_D)
     r = tl.arange(0, PAGES * GROUPS)
     in_query = (g < GROUP)[:, None] & (columns < D)[None, :]
     while unit < last:
         b, first = sequence_of(ends, unit)
-        sealed = sealed_pages(tl.load(positions + b), P)
+        sealed = sealed_pages(pick(position, lines, b), P)
         tiles = tl.cdiv(sealed, PAGES)
         order = (unit - first) // tiles
         start = (unit - first) % tiles
         stop = tl.minimum(start + last - unit, tiles)
         unit += stop - start
         head = tl.load(retrieval_heads + order).to(tl.int32)
-        slot = tl.multiple_of(tl.load(head_slots + head).to(tl.int64) * slot_stride, 16)
+        slot = tl.multiple_of(order.to(tl.int64) * slot_stride, 16)
         table = retrieval_table + b.to(tl.int64) * table_stride
         q_pointers = (
             query + b.to(tl.int64) * query_stride_b + (head * GROUP + g)[:, None] * query_stride_h + columns[None, :]
@@ -142,7 +143,7 @@ def _candidates_kernel(
 
 @triton.jit
 def _masses_kernel(
-    query, masses, pool_codes, pool_half, head_slots, retrieval_heads, rows_of, positions, budgets, reselects,
+    query, masses, pool_codes, pool_half, retrieval_heads, rows_of, positions, budgets, reselects,
     retrieval_table, candidates, candidate_counts, tail_key,
     num_batch, scale, factor, sink_size, window, query_stride_b, query_stride_h, page_stride, slot_stride,
     table_stride, width,
@@ -165,6 +166,7 @@ def _masses_kernel(
     num_runs = runs(total, tl.num_programs(0), MIN_UNITS)
     unit = run_start(tl.program_id(0), total, num_runs)
     last = run_start(tl.program_id(0) + 1, total, num_runs)
+    lines = tl.arange(0, BLOCK_B)
     g = tl.arange(0, BLOCK_G)
     rows = tl.arange(0, HALF)
     columns = tl.arange(0, BLOCK_D)
@@ -173,14 +175,14 @@ def _masses_kernel(
     let_next_start(PDL)
     while unit < last:
         b, first = sequence_of(ends, unit)
-        position = tl.load(positions + b)
-        length = candidate_bound(position, tl.load(budgets + b), factor, sink_pages, window, P)
+        position = pick(every_position, lines, b)
+        length = candidate_bound(position, pick(every_budget, lines, b), factor, sink_pages, window, P)
         order = (unit - first) // (length + 1)
         start = (unit - first) % (length + 1)
         stop = tl.minimum(start + last - unit, length + 1)
         unit += stop - start
         head = tl.load(retrieval_heads + order).to(tl.int32)
-        slot = tl.multiple_of(tl.load(head_slots + head).to(tl.int64) * slot_stride, 16)
+        slot = tl.multiple_of(order.to(tl.int64) * slot_stride, 16)
         pair = (b * RETRIEVAL + order).to(tl.int64)
         last_page = tl.minimum(stop, tl.load(candidate_counts + pair))
         q_pointers = (
@@ -262,8 +264,8 @@ def _choice_kernel(
 
 
 def _warps(block: int) -> int:
-    """Warps for a row of `block` scores: eight a thread, while that many warps exist."""
-    return min(max(block // 256, 2), 16)
+    """Warps for a row of `block` scores: few, for each pass has a barrier."""
+    return min(max(block // 512, 2), 16)
 
 
 def page_select(
@@ -288,22 +290,23 @@ def page_select(
     block_b, block_d = triton.next_power_of_2(num_batch), triton.next_power_of_2(head_dim)
     block_g = max(16, triton.next_power_of_2(group))
     pairs = num_batch * num_retrieval
-    codes, half = pool_views(layer.retrieval_pool, layout)
+    codes, half = pool_views(layer.retrieval_pool[:, layer.first_retrieval_slot :], layout)
     sequences = (batch.positions, batch.budget_pages, batch.reselect)
     chosen_strides = (selection.pages.stride(0), selection.pages.stride(1), selection.counts.stride(0))
     overlap = can_overlap(device)
     launch = {"PDL": overlap, "launch_pdl": overlap}
     bounds = torch.empty(pairs, max_pages, dtype=torch.float32, device=device)
-    tiles = pairs * triton.cdiv(max_pages, BOUND_PAGES)
+    pages = min(max(8192 // (layout.num_groups * block_d), 16), 32)
+    tiles = pairs * triton.cdiv(max_pages, pages)
     scale = layer.scale * LOG2_E
     _bounds_kernel[(min(tiles, num_programs(query, BOUND_PROGRAMS)),)](
-        query, bounds, half, layer.head_slots, layer.retrieval_heads, *sequences, batch.retrieval_table,
+        query, bounds, half, layer.retrieval_heads, *sequences, batch.retrieval_table,
         num_batch, layer.scale, *query.stride()[:2], layer.retrieval_pool.stride(0), layout.slot_bytes,
         batch.retrieval_table.stride(0), max_pages,
         RETRIEVAL=num_retrieval, GROUP=group, BLOCK_G=block_g, D=head_dim, BLOCK_D=block_d,
         P=layout.page_size, GROUPS=layout.num_groups, HALF_LEVELS=layout.key_levels / 2,
         KEY_MIN=layout.key_min, KEY_STEP=layout.key_step,
-        DTYPE=tl.float32 if query.dtype == torch.float32 else tl.float16, BLOCK_B=block_b, PAGES=BOUND_PAGES,
+        DTYPE=tl.float32 if query.dtype == torch.float32 else tl.float16, BLOCK_B=block_b, PAGES=pages,
         STAGES=BOUND_STAGES, num_warps=BOUND_WARPS, **launch,
     )  # fmt: skip
     block = max(triton.next_power_of_2(max_pages), 16)
@@ -326,7 +329,7 @@ def page_select(
         return
     masses = torch.empty(pairs, group, width + 1, dtype=torch.float32, device=device)
     arguments = (
-        layer.head_slots, layer.retrieval_heads, batch.rows, *sequences,
+        layer.retrieval_heads, batch.rows, *sequences,
         batch.retrieval_table, pages_out, counts_out, layer.tail_key,
         num_batch, scale, candidate_factor, sink_size, window, *query.stride()[:2],
         layer.retrieval_pool.stride(0), layout.slot_bytes, batch.retrieval_table.stride(0), width,
@@ -353,5 +356,5 @@ def page_select(
         masses, pages_out, counts_out, selection.pages, selection.counts, batch.rows, layer.retrieval_heads, *sequences,
         sink_size, window, width, *chosen_strides, selection.pages.shape[2],
         RETRIEVAL=num_retrieval, GROUP=group, BLOCK_G=triton.next_power_of_2(group), P=layout.page_size, BLOCK=block,
-        num_warps=_warps(block * min(group, 2)), **launch,
+        num_warps=_warps(block * triton.next_power_of_2(group) // 2), **launch,
     )  # fmt: skip

@@ -18,6 +18,7 @@ candidate_bound = gluon.jit(work.candidate_bound.fn)
 always_kept = gluon.jit(work.always_kept.fn)
 chooses = gluon.jit(work.chooses.fn)
 sequence_of = gluon.jit(work.sequence_of.fn)
+pick = gluon.jit(work.pick.fn)
 after_previous = gluon.jit(overlap.after_previous.fn)
 let_next_start = gluon.jit(overlap.let_next_start.fn)
 
@@ -43,8 +44,15 @@ def _copy_keys(words, at, keys, key_ranges, stage, keep, KEY_MIN: gl.constexpr):
 
 
 @gluon.jit
+def _first_index(listed, j, length, last_page):
+    """A candidate's page index, 0 past the last; read before it is known which is the last."""
+    index = gl.load(listed + gl.maximum(gl.minimum(j, length - 1), 0))
+    return gl.where(j < last_page, index, 0)
+
+
+@gluon.jit
 def _masses_packed_kernel(
-    query, masses, words, head_slots, retrieval_heads, rows_of, positions, budgets, reselects,
+    query, masses, words, retrieval_heads, rows_of, positions, budgets, reselects,
     retrieval_table, candidates, candidate_counts, tail_key,
     num_batch, scale, factor, sink_size, window, query_stride_b, query_stride_h, page_stride, slot_stride,
     table_stride, width,
@@ -68,7 +76,7 @@ def _masses_packed_kernel(
     sink_pages = (sink_size + P - 1) // P
     lines = gl.arange(0, BLOCK_B, LINE)
     real = lines < num_batch
-    position = gl.load(positions + lines, mask=real, other=0)
+    position = gl.load(positions + lines, mask=real, other=0).to(gl.int32)
     budget = gl.load(budgets + lines, mask=real, other=1)
     chosen = real & chooses(position, budget, gl.load(reselects + lines, mask=real, other=0), P)
     units = (candidate_bound(position, budget, factor, sink_pages, window, P) + 1) * RETRIEVAL
@@ -87,14 +95,14 @@ def _masses_packed_kernel(
     let_next_start(PDL)
     while unit < last:
         b, first = sequence_of(ends, unit)
-        own_position = gl.load(positions + b)
-        length = candidate_bound(own_position, gl.load(budgets + b), factor, sink_pages, window, P)
+        own_position = pick(position, lines, b)
+        length = candidate_bound(own_position, pick(budget, lines, b), factor, sink_pages, window, P)
         order = (unit - first) // (length + 1)
         start = (unit - first) % (length + 1)
         stop = gl.minimum(start + last - unit, length + 1)
         unit += stop - start
         head = gl.load(retrieval_heads + order).to(gl.int32)
-        slot = gl.load(head_slots + head).to(gl.int64) * slot_stride
+        slot = order.to(gl.int64) * slot_stride
         pair = (b * RETRIEVAL + order).to(gl.int64)
         last_page = gl.minimum(stop, gl.load(candidate_counts + pair))
         q_line = query + b.to(gl.int64) * query_stride_b + (head * GROUP + n_b) * query_stride_h
@@ -107,14 +115,13 @@ def _masses_packed_kernel(
         listed = candidates + pair * width
 
         final = gl.maximum(last_page - 1, 0)
-        begun = start < last_page
         for i in gl.static_range(STAGES - 1):
-            index = gl.load(listed + gl.minimum(start + i, final), mask=begun, other=0)
+            index = _first_index(listed, start + i, length, last_page)
             at = (gl.load(table + index).to(gl.int64) * page_stride + slot) // 4
             _copy_keys(words, at, keys, key_ranges, i, start + i < last_page, KEY_MIN)
-        index = gl.load(listed + gl.minimum(start + STAGES - 1, final), mask=begun, other=0)
+        index = _first_index(listed, start + STAGES - 1, length, last_page)
         id_ahead = gl.load(table + index).to(gl.int64)
-        index = gl.load(listed + gl.minimum(start + STAGES, final), mask=begun, other=0)
+        index = _first_index(listed, start + STAGES, length, last_page)
         for j in range(start, last_page):
             newest = j + STAGES - 1
             at = (id_ahead * page_stride + slot) // 4
@@ -134,7 +141,7 @@ def _masses_packed_kernel(
         if stop > length:
             TILE: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // D, D // 8], [1, 1], [1, 0])
             channel = gl.arange(0, D, gl.SliceLayout(0, TILE))
-            in_page = (own_position % P).to(gl.int32)
+            in_page = own_position % P
             row = gl.load(rows_of + b).to(gl.int64)
             q_plain = gl.load(gl.expand_dims(q_line, 0) + gl.expand_dims(k_plain, 1), mask=q_mask, other=0.0)
             highest = gl.full([N], float("-inf"), gl.float32, COLUMN)

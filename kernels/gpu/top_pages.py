@@ -21,31 +21,41 @@ def keys_of(score, kept, real):
 
 
 @triton.jit
+def _ends(a_low, a_high, a_present, a_kept, b_low, b_high, b_present, b_kept):
+    return tl.minimum(a_low, b_low), tl.maximum(a_high, b_high), a_present + b_present, a_kept + b_kept
+
+
+@triton.jit
 def _add2(a0, a1, b0, b1):
     return a0 + b0, a1 + b1
 
 
 @triton.jit
 def _threshold(keys, count):
-    """The largest threshold that at least `count` keys reach, or any that exactly `count` reach; the smallest key where
-    too few are present. At most the largest key that is not kept.
+    """The largest threshold that at least `count` keys reach, or any that exactly `count` reach, or the smallest key
+    where too few are present; how many keys reach it; how many are above it, where more than `count` reach it.
     """
-    high = tl.max(tl.where(keys == KEPT, 0, keys), 0)
-    low = tl.min(tl.where(keys == 0, high, keys), 0)
+    is_kept = keys == KEPT
+    low, high, reached, above = tl.reduce(
+        (tl.where(keys == 0, KEPT, keys), tl.where(is_kept, 0, keys), (keys != 0).to(tl.int32), is_kept.to(tl.int32)),
+        0, _ends,
+    )  # fmt: skip
+    low = tl.minimum(low, high)
     high += 1
-    reached = tl.sum((keys != 0).to(tl.int32), 0)
-    while (high > low) & (high - low > 1) & (reached > count):
+    while (high - low > 1) & (reached > count):
         step = tl.maximum((high - low) >> 2, 1)
         first, second, third = low + step, low + 2 * step, low + 3 * step
         # two counts share an integer: at least one key reaches no threshold, and a row has at most 2**16
         counts = tl.where(keys >= second, 1, 0) + tl.where(keys >= third, 0x10000, 0)
         n1, counts = tl.reduce((tl.where(keys >= first, 1, 0), counts), 0, _add2)
         n2, n3 = counts & 0xFFFF, (counts.to(tl.uint32, bitcast=True) >> 16).to(tl.int32)
-        reached = tl.where(n3 >= count, n3, tl.where(n2 >= count, n2, tl.where(n1 >= count, n1, reached)))
         steps = (n1 >= count).to(tl.uint32) + (n2 >= count).to(tl.uint32) + (n3 >= count).to(tl.uint32)
+        reached = tl.where(steps == 3, n3, tl.where(steps == 2, n2, tl.where(steps == 1, n1, reached)))
         low += steps * step
-        high = tl.where(steps == 3, high, tl.minimum(high, low + step))
-    return low
+        if (steps < 3) & (low + step < high):
+            high = low + step
+            above = tl.where(steps == 2, n3, tl.where(steps == 1, n2, n1))
+    return low, reached, above
 
 
 @triton.jit
@@ -54,15 +64,15 @@ def take(keys, count):
 
     Returns which are taken, each taken entry's place among them, and how many they are.
     """
-    threshold = _threshold(keys, count)
-    above = (keys > threshold).to(tl.int32)
-    equal = ((keys == threshold) & (threshold > 0)).to(tl.int32)
-    room = tl.maximum(count - tl.sum(above, 0), 0)
+    threshold, reached, above = _threshold(keys, count)
+    room = tl.where(reached > count, tl.maximum(count - above, 0), reached)
+    is_above = keys > threshold
+    is_equal = (keys == threshold) & (threshold > 0)
     if keys.shape[0] <= 32768:  # one scan for both counts
-        scanned = tl.cumsum(above + (equal << 16), 0)
+        scanned = tl.cumsum(is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16), 0)
         num_above, num_equal = scanned & 0xFFFF, scanned >> 16
     else:
-        num_above, num_equal = tl.cumsum(above, 0), tl.cumsum(equal, 0)
+        num_above, num_equal = tl.cumsum(is_above.to(tl.int32), 0), tl.cumsum(is_equal.to(tl.int32), 0)
     place = num_above + tl.minimum(num_equal, room) - 1
-    taken = (keys > threshold) | ((keys == threshold) & (threshold > 0) & (num_equal <= room))
-    return taken, place, tl.max(place, 0) + 1
+    taken = is_above | (is_equal & (num_equal <= room))
+    return taken, place, tl.where(reached > count, tl.maximum(count, above), reached)

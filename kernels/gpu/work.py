@@ -75,6 +75,12 @@ def sequence_of(ends, unit):
 
 
 @triton.jit
+def pick(values, lines, index):
+    """The value at an index of a vector over `lines` (its own indices): no load to wait for."""
+    return tl.sum(tl.where(lines == index, values, 0), 0)
+
+
+@triton.jit
 def chooses(position, budget, reselect, P: tl.constexpr):
     """Whether a sequence makes a choice in this step."""
     return (reselect != 0) & (sealed_pages(position, P) + 1 > budget)
