@@ -52,23 +52,24 @@ def draw(path: Path, results: Sequence[Result], arms: Sequence[str], tasks: Sequ
     wanted = columns(results, tasks)
     if not wanted:
         return False
+    one_length = len({length for _, length in wanted}) == 1
+    labels = [task if one_length else f"{task}, {length:,}" for task, length in wanted]
     width = max(2.4, 0.62 * len(wanted))
     figure, panels = pyplot.subplots(
         1, len(arms), figsize=(width * len(arms) + 2.2, 5.2), sharey=True, squeeze=False, layout="constrained"
     )
     for arm, panel in zip(arms, panels[0], strict=True):
         values = grid(results, arm, wanted)
-        image = panel.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        image = panel.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 if not math.isnan(value):
-                    panel.text(column, row, f"{value * 100:.0f}", ha="center", va="center", fontsize=7)
+                    colour = "black" if value > 0.5 else "white"
+                    panel.text(column, row, f"{value * 100:.0f}", ha="center", va="center", fontsize=8, color=colour)
         for column in range(1, len(wanted)):
             if wanted[column][0] != wanted[column - 1][0]:
                 panel.axvline(column - 0.5, color="white", linewidth=3)
-        panel.set_xticks(
-            range(len(wanted)), [f"{task}, {length:,}" for task, length in wanted], rotation=60, ha="right"
-        )
+        panel.set_xticks(range(len(wanted)), labels, rotation=45, ha="right", rotation_mode="anchor")
         panel.set_title(arm)
     step = 100 // DEPTH_BINS
     panels[0][0].set_yticks(range(DEPTH_BINS), [f"{i * step} to {i * step + step} %" for i in range(DEPTH_BINS)])
