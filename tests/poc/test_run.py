@@ -70,10 +70,12 @@ def test_a_profile_of_another_model_is_one_line(tiny_model: Path, tmp_path: Path
 
 
 def test_an_endpoint(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pool = FakePool("It is the harbour, and the council counts the boats every spring.")
+    (tmp_path / "q.csv").write_text("What does the council count?, boats\n")
+    pool = FakePool("It counts the boats of the harbour.")
     core = RouterCore(load_settings({"model": {"path": "/models/demo"}}), ByteTokenizer(), pool)
     with served_router(core) as url:
-        assert main(["poc", str(folder), "--url", url, "--output", str(tmp_path / "r.html"), "--minutes", "0.15"]) == 0
+        arguments = ["--url", url, "--output", str(tmp_path / "r.html"), "--questions", str(tmp_path / "q.csv")]
+        assert main(["poc", str(folder), *arguments, "--minutes", "0.15"]) == 0
     page, data = data_of(tmp_path / "r.html")
     assert [s["name"] for s in data["settings"]] == ["Full", "Sparse 512", "Sparse 1,024"]  # type: ignore[index, attr-defined]
     assert {(r.attention.dense, r.attention.token_budget) for r in pool.requests} == {
@@ -82,6 +84,7 @@ def test_an_endpoint(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (False, 1024),
     }
     assert "endpoint-seconds" in page.words and "multiply them by the machines behind it" in page.words
+    assert "How it looks inside" in page.words and "What does the council count?" in page.words
     assert "3,000 tokens" in page.words or "3,900 tokens" in page.words
 
 
