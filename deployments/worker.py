@@ -61,7 +61,7 @@ class Worker:
         key = cluster_secret(settings)
         self.engine = Engine(config, loaded or load(config), key, lease_ttl_s=settings.prefill.lease_s)
         if self.engine.cache.device.type == "cuda":
-            warm_up(self.engine)
+            warm_up(self.engine, decodes=role == "decode")
         self.format_id = self.engine.page_format.format_id
         self.transfer: Transfer | None = None
         if settings.prefill.replicas:

@@ -17,7 +17,7 @@ def test_a_warm_up_leaves_no_trace(tiny: tuple[Model, Any], draws: Draws, stream
         engine, probe = make_engine(tiny[0], streaming=streaming, prefix_cache=True)
         if warm:
             warm_up(engine)
-            assert probe.batch_sizes
+            assert set(probe.batch_sizes) == {1, 2, 4, 8, 16}
             assert_idle(engine)
         run(engine, [item])
     cold, warm = (list(draws.of(item).values()) for item in asked)
@@ -25,6 +25,13 @@ def test_a_warm_up_leaves_no_trace(tiny: tuple[Model, Any], draws: Draws, stream
 
 
 def test_a_warm_up_fits_any_pool(tiny: tuple[Model, Any]) -> None:
-    engine, _ = make_engine(tiny[0], sizes=PoolSizes(retrieval_pages=4, streaming_pages=0, rows=1), max_batch_size=1)
+    engine, probe = make_engine(tiny[0], sizes=PoolSizes(retrieval_pages=4, streaming_pages=0, rows=8))
     warm_up(engine)
+    assert set(probe.batch_sizes) == {1, 2}
     assert_idle(engine)
+
+
+def test_a_prefill_worker_warms_up_no_batches(tiny: tuple[Model, Any]) -> None:
+    engine, probe = make_engine(tiny[0])
+    warm_up(engine, decodes=False)
+    assert set(probe.batch_sizes) == {1}
