@@ -1,8 +1,9 @@
 """Head profiling, first half: what each KV head's history is worth. The second half is `profile_gate`.
 
-A text with planted facts runs through the model once, whole. Then each head streams alone, all the others as they
-were, and what that changes is measured on running text and where the text repeats a planted fact. No training; only
-the layers from the head's own on are computed again.
+A text with planted facts runs through the model once. Then its last part, which ends by asking for the facts, runs
+again and again behind the rest as it was, each time with one head streaming and all the others as they were; what that
+changes is measured on running text and at the answers. No training; only the layers from the head's own on are
+computed again.
 
 Heads are ranked by how far the predicted distributions move (Kullback-Leibler divergence from the dense model's), not
 by the loss itself: a few hundred tokens rank heads by divergence as thousands do, while the change of the loss is
@@ -11,7 +12,7 @@ ranked by divergence, +0.20 % by the change of the layer's output, +0.96 % by th
 texts). And divergences add up: of 27 to 45 heads together, the sum over the heads is within a tenth of the whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
@@ -20,8 +21,11 @@ from torch import Tensor
 from .model import Model
 from .whole_sequence import Reach, WholeSequence
 
-NUM_POSITIONS = 512
-"""Tokens of running text that a head is measured on: 128 rank the heads nearly as well."""
+RECOMPUTED = 768
+"""Tokens of running text, the last ones, that are computed again for each head."""
+
+NUM_POSITIONS = 384
+"""How many of them heads are measured on: 128 rank the heads nearly as well."""
 
 ANSWER_ALLOWANCE = 0.1
 """Divergence per answer token, in nats, that counts as all that is allowed."""
@@ -71,9 +75,11 @@ class HeadMeasures:
 def predicted_tokens(text: PlantedText, reach: Reach, seed: int) -> tuple[Tensor, int]:
     """Indices of the tokens that heads are measured on, int64: some of the running text, then the answers.
 
-    The second result is how many are running text, all of them past sink and window. Which ones follows from the seed.
+    The second result is how many are running text: near its end, past sink and window. Which ones follows from the
+    seed.
     """
-    far = torch.tensor([i for i in text.running if i >= reach.sink_size + reach.local_window])
+    first = max(reach.sink_size + reach.local_window, text.running.stop - RECOMPUTED + 1)
+    far = torch.arange(first, text.running.stop)
     order = torch.randperm(far.numel(), generator=torch.Generator().manual_seed(seed))
     chosen = far[order[:NUM_POSITIONS]].sort().values
     return torch.cat((chosen, torch.tensor(text.answers))), chosen.numel()
@@ -89,45 +95,48 @@ class HeadScorer:
         config, device = model.config, model.device
         self._model, self._text, self._reach = model, text, reach
         predicted, self._num_running = predicted_tokens(text, reach, seed)
-        self._rows = (predicted - 1).to(device)
+        self._start = max(text.running.stop - RECOMPUTED, 0)
+        self._rows = (predicted - 1 - self._start).to(device)
         token_ids = torch.tensor(text.token_ids, device=device)
         self._targets = token_ids[predicted.to(device), None]
         self._positions = torch.arange(token_ids.numel(), device=device)
         self._dense = ((False,) * config.num_kv_heads,) * config.num_layers
-        self._hidden = model.embed(token_ids)
-        self._layer = 0
-        hidden, _ = self._run(range(config.num_layers), None)
-        self._log_probs = self._predict(hidden)
-        self.dense_loss = -self._log_probs.gather(1, self._targets)[: self._num_running].mean().item()
+        self._before = WholeSequence(self._dense, reach, config.head_dim**-0.5, keep=True)
+        with torch.inference_mode():
+            if self._start:
+                model.forward(token_ids[: self._start], self._positions[: self._start], self._before)
+            self._hidden = model.embed(token_ids[self._start :])
+            self._layer = 0
+            hidden, _ = self._run(range(config.num_layers), None)
+            self._log_probs = self._predict(hidden)
+            self.dense_loss = -self._log_probs.gather(1, self._targets)[: self._num_running].mean().item()
 
     def skip(self) -> None:
-        """Passes over the next layer, whose measures are known already."""
+        """Passes over the next layer."""
         self._hidden, _ = self._run(range(self._layer, self._layer + 1), None)
         self._layer += 1
 
     @torch.inference_mode()
-    def next_layer(self) -> list[HeadMeasures]:
-        """Measures the heads of the next layer."""
+    def next_layer(self, heads: Collection[int]) -> dict[int, HeadMeasures]:
+        """Measures some heads of the next layer."""
         config = self._model.config
         after, dense = self._run(range(self._layer, self._layer + 1), None)
         mass = self._fact_mass(dense.query, dense.key)
-        measures = []
-        for head in range(config.num_kv_heads):
+        measures = {}
+        for head in heads:
             hidden, streaming = self._run(range(self._layer, config.num_layers), head)
             log_probs = self._predict(hidden)
             divergence = (self._log_probs.exp() * (self._log_probs - log_probs)).sum(-1)
             loss = (self._log_probs - log_probs).gather(1, self._targets)[:, 0]
             change = (streaming.out[:, head] - dense.out[:, head]).norm(dim=-1) / dense.out[:, head].norm(dim=-1)
             running, answers = slice(self._num_running), slice(self._num_running, None)
-            measures.append(
-                HeadMeasures(
-                    text_divergence=_mean(divergence[running]),
-                    answer_divergence=_mean(divergence[answers]),
-                    text_loss=_mean(loss[running]),
-                    answer_loss=_mean(loss[answers]),
-                    output_change=_mean(change),
-                    fact_mass=mass[head],
-                )
+            measures[head] = HeadMeasures(
+                text_divergence=_mean(divergence[running]),
+                answer_divergence=_mean(divergence[answers]),
+                text_loss=_mean(loss[running]),
+                answer_loss=_mean(loss[answers]),
+                output_change=_mean(change),
+                fact_mass=mass[head],
             )
         self._hidden, self._layer = after, self._layer + 1
         return measures
@@ -138,9 +147,8 @@ class HeadScorer:
         streaming = [list(flags) for flags in self._dense]
         if streaming_head is not None:
             streaming[layers.start][streaming_head] = True
-        scale = self._model.config.head_dim**-0.5
-        seen = _Seen(WholeSequence(streaming, self._reach, scale), layers.start, self._rows)
-        return self._model.run_layers(self._hidden, self._positions, seen, layers), seen
+        seen = _Seen(self._before.continuation(streaming), layers.start, self._rows)
+        return self._model.run_layers(self._hidden, self._positions[self._start :], seen, layers), seen
 
     def _predict(self, hidden: Tensor) -> Tensor:
         return self._model.logits(hidden[self._rows]).log_softmax(-1)
@@ -150,14 +158,15 @@ class HeadScorer:
         rows, num_kv_heads, head_dim = self._rows[self._num_running :], key.shape[1], key.shape[2]
         grouped = query[rows].float().view(rows.numel(), num_kv_heads, -1, head_dim) * head_dim**-0.5
         logits = torch.einsum("mhgd,nhd->hgmn", grouped, key.float())
-        weights = logits.masked_fill(self._positions > rows[:, None], -torch.inf).softmax(-1)
+        later = self._positions > self._start + rows[:, None]
+        weights = logits.masked_fill(later, -torch.inf).softmax(-1)
         told = [weights[:, :, i, m.start : m.stop].sum(-1).mean(1) for i, m in enumerate(self._text.mentions)]
         means: list[float] = torch.stack(told).mean(0).tolist()
         return means
 
 
 class _Seen:
-    """Attention that keeps what passed in one layer: its query and key, and rows of its output [R, Hkv, G x D]."""
+    """Attention that keeps what passed in one layer: query, all keys, and rows of its output [R, Hkv, G x D]."""
 
     query: Tensor
     key: Tensor
@@ -169,7 +178,8 @@ class _Seen:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out = self._attend(layer, query, key, value)
         if layer == self._layer:
-            self.query, self.key = query, key
+            before = self._attend.history.get(layer)
+            self.query, self.key = query, key if before is None else torch.cat((before[0], key))
             self.out = out[self._rows].float().view(self._rows.numel(), key.shape[1], -1)
         return out
 

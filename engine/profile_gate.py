@@ -5,11 +5,12 @@ and answers to questions about planted facts.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from .model import Model
 from .whole_sequence import Reach, WholeSequence
@@ -31,7 +32,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class FactDocument:
-    """A document with planted facts, and questions about them. Right answers' tokens are all the top ones."""
+    """A document with planted facts, and questions about them that may follow it, each by itself."""
 
     token_ids: tuple[int, ...]
     questions: tuple[Question, ...]
@@ -41,8 +42,9 @@ class FactDocument:
 class Measurement:
     """What the gate measured of a profile.
 
-    num_streaming: heads. loss_rise: of the loss on running text, relative to the dense model's; standard_error: of it.
-    right, asked: questions about planted facts. answer_loss: nats per answer.
+    num_streaming: heads. loss_rise: of the documents' tokens, relative to the dense model's; standard_error: of it.
+    right, asked: questions. An answer is right when its every token is the most likely one. lost, gained: right answers
+    of the dense model only, and of this profile only. answer_loss: nats per answer.
     """
 
     num_streaming: int
@@ -50,62 +52,68 @@ class Measurement:
     standard_error: float
     right: int
     asked: int
+    lost: int
+    gained: int
     answer_loss: float
 
 
-class Gate:
-    """Measures profiles of one model against the dense model."""
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Losses: nats per token, float64 [N]. right, answer_losses: per question."""
 
-    def __init__(
-        self, model: Model, passages: Sequence[Sequence[int]], documents: Sequence[FactDocument], reach: Reach
-    ) -> None:
-        self._model, self._reach = model, reach
-        self._passages, self._documents = passages, documents
-        config = model.config
-        self._dense = [self._losses(p, ((False,) * config.num_kv_heads,) * config.num_layers) for p in passages]
+    losses: Tensor
+    right: Tensor
+    answer_losses: Tensor
+
+
+class Gate:
+    """Measures profiles of one model on documents, against the dense model."""
+
+    def __init__(self, model: Model, documents: Sequence[FactDocument], reach: Reach) -> None:
+        self._model, self._documents, self._reach = model, documents, reach
+        self._dense = self._read(((False,) * model.config.num_kv_heads,) * model.config.num_layers)
 
     def measure(self, streaming: Streaming) -> Measurement:
-        """Runs all texts with these heads streaming."""
-        rises = [self._losses(p, streaming) - dense for p, dense in zip(self._passages, self._dense, strict=True)]
-        rise, dense = torch.cat(rises), torch.cat(self._dense).mean().item()
-        answers = [answer for document in self._documents for answer in self._answers(document, streaming)]
+        """Reads all documents with these heads streaming."""
+        num_streaming, dense = sum(map(sum, streaming)), self._dense
+        ours = self._read(streaming) if num_streaming else dense
+        rise, loss = ours.losses - dense.losses, dense.losses.mean().item()
         return Measurement(
-            num_streaming=sum(map(sum, streaming)),
-            loss_rise=rise.mean().item() / dense,
-            standard_error=rise.std().item() / math.sqrt(rise.numel()) / dense,
-            right=sum(right for right, _ in answers),
-            asked=len(answers),
-            answer_loss=sum(loss for _, loss in answers) / max(len(answers), 1),
+            num_streaming=num_streaming,
+            loss_rise=rise.mean().item() / loss,
+            standard_error=rise.std().item() / math.sqrt(rise.numel()) / loss,
+            right=int(ours.right.sum()),
+            asked=ours.right.numel(),
+            lost=int((dense.right & ~ours.right).sum()),
+            gained=int((ours.right & ~dense.right).sum()),
+            answer_loss=ours.answer_losses.mean().item(),
         )
 
     @torch.inference_mode()
-    def _losses(self, passage: Sequence[int], streaming: Streaming) -> Tensor:
+    def _read(self, streaming: Streaming) -> _Reading:
+        losses, right, answer_losses = [], [], []
+        for document in self._documents:
+            attend = WholeSequence(streaming, self._reach, self._model.config.head_dim**-0.5, keep=True)
+            losses.append(self._losses(document.token_ids, self._run(document.token_ids, 0, attend)))
+            for question in document.questions:
+                token_ids = (*question.token_ids, *question.answer)
+                hidden = self._run(token_ids, len(document.token_ids), attend.continuation())
+                logits = self._model.logits(hidden[-len(question.answer) - 1 : -1])
+                answer = torch.tensor(question.answer, device=logits.device)
+                right.append(bool((logits.argmax(-1) == answer).all()))
+                answer_losses.append(cross_entropy(logits, answer, reduction="sum").item())
+        return _Reading(torch.cat(losses), torch.tensor(right), torch.tensor(answer_losses))
+
+    def _losses(self, token_ids: Sequence[int], hidden: Tensor) -> Tensor:
         """Nats of each token for which a streaming head misses something: those past sink and window."""
-        hidden = self._run(passage, 0, self._attend(streaming))
         first = self._reach.sink_size + self._reach.local_window
-        targets = torch.tensor(passage[first:], device=self._model.device)
+        targets = torch.tensor(token_ids[first:], device=hidden.device)
         losses = []
         for start in range(0, targets.numel(), ROWS):
             target = targets[start : start + ROWS]
             logits = self._model.logits(hidden[first - 1 + start :][: target.numel()])
-            losses.append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+            losses.append(cross_entropy(logits, target, reduction="none"))
         return torch.cat(losses).double()
-
-    @torch.inference_mode()
-    def _answers(self, document: FactDocument, streaming: Streaming) -> Iterator[tuple[bool, float]]:
-        """Per question, whether the answer is right, and its loss. The document is read once."""
-        attend = self._attend(streaming, keep=True)
-        self._run(document.token_ids, 0, attend)
-        for question in document.questions:
-            token_ids = (*question.token_ids, *question.answer)
-            hidden = self._run(token_ids, len(document.token_ids), attend.continuation())
-            logits = self._model.logits(hidden[-len(question.answer) - 1 : -1])
-            answer = torch.tensor(question.answer, device=logits.device)
-            loss = torch.nn.functional.cross_entropy(logits, answer, reduction="sum")
-            yield bool((logits.argmax(-1) == answer).all()), loss.item()
-
-    def _attend(self, streaming: Streaming, keep: bool = False) -> WholeSequence:
-        return WholeSequence(streaming, self._reach, self._model.config.head_dim**-0.5, keep)
 
     def _run(self, token_ids: Sequence[int], start: int, attend: WholeSequence) -> Tensor:
         device = self._model.device
@@ -113,9 +121,15 @@ class Gate:
         return self._model.forward(torch.tensor(token_ids, device=device), positions, attend)
 
 
-def within(measured: Measurement, dense: Measurement, max_loss: float) -> bool:
-    """Whether loss and recall stay within the relative loss that is allowed."""
-    return measured.loss_rise <= max_loss and measured.right >= dense.right * (1 - max_loss)
+def within(measured: Measurement, max_loss: float) -> bool:
+    """Whether loss and recall stay within the relative loss that is allowed.
+
+    Answers near the edge flip either way, whatever streams: recall counts as lost when more of them went wrong, net,
+    than is allowed and one standard deviation of such flips explains.
+    """
+    chance = math.sqrt(measured.lost + measured.gained)
+    recall_holds = measured.lost - measured.gained <= max_loss * measured.asked + chance
+    return measured.loss_rise <= max_loss and recall_holds
 
 
 def largest_passing(num_heads: int, guess: int, passes: Callable[[int], bool]) -> int:

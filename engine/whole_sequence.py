@@ -59,9 +59,12 @@ class WholeSequence:
                 out[:, heads] = attended.view(-1, heads.numel(), *shape[2:])
         return out.flatten(1, 2)
 
-    def continuation(self) -> "WholeSequence":
-        """An attend callback for tokens after this sequence's, which leaves this one as it is."""
-        return WholeSequence(self.streaming, self.reach, self.scale, history=self.history)
+    def continuation(self, streaming: Sequence[Sequence[bool]] | None = None) -> "WholeSequence":
+        """An attend callback for tokens after this sequence's, which leaves this one as it is.
+
+        streaming: of the new tokens, where that differs.
+        """
+        return WholeSequence(streaming or self.streaming, self.reach, self.scale, history=self.history)
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

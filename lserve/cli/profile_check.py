@@ -13,24 +13,19 @@ from lserve.engine.profile_gate import FactDocument
 from lserve.engine.request import Request, SamplingParams
 from lserve.quality.likelihood import read_text
 
-MAX_LENGTH_SLACK = 64
-
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """bits: of the passage's tokens past sink and window. right, asked: greedy answers about a document's facts."""
+    """bits: of the document's tokens past sink and window. right, asked: greedy answers about its facts."""
 
     bits: float
     right: int
     asked: int
 
 
-def check(
-    loaded: LoadedModel, config: EngineConfig, profile: HeadProfile, passage: tuple[int, ...], document: FactDocument
-) -> Checked:
-    """Reads a passage and answers questions through an engine with float32 pages, everything selected."""
-    longest = max(len(document.token_ids) + max(len(q.token_ids) + len(q.answer) for q in document.questions), 1)
-    length = max(longest, len(passage)) + MAX_LENGTH_SLACK
+def check(loaded: LoadedModel, config: EngineConfig, profile: HeadProfile, document: FactDocument) -> Checked:
+    """Reads a document and answers its questions through an engine with float32 pages, of which all are read."""
+    length = len(document.token_ids) + max(len(q.token_ids) + len(q.answer) for q in document.questions) + 1
     kv_dtype = "float32" if loaded.model.dtype == torch.float32 else "bf16"
     config = replace(
         config,
@@ -52,7 +47,7 @@ def check(
     pages = 2 * (length // 64 + 2)  # one prompt, its prefix kept, and the suffixes of a batch
     config = replace(config, cache=replace(config.cache, retrieval_pool_bytes=pages * page_format.retrieval_page_bytes))
     engine = Engine(config, replace(loaded, page_format=page_format, sparsity=config.sparsity))
-    bits = read_text(engine, passage, profile.sink_size + profile.local_window, num_readers=0).prompt_bits
+    bits = read_text(engine, document.token_ids, profile.sink_size + profile.local_window, num_readers=0).prompt_bits
     right = sum(_answers(engine, document))
     return Checked(bits, right, len(document.questions))
 

@@ -17,6 +17,9 @@ from .profile_texts import ProfileTexts
 
 OPTIMIZER_STEPS = 40
 
+TOO_MUCH = 0.25
+"""Cost past which a head is a retrieval head for certain: it alone would use up a quarter of what is allowed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -59,9 +62,9 @@ class Search:
 
     def run(self, optimize: bool) -> Found:
         """Everything, in order."""
-        losses = self._measure_heads()
-        measures = self._mean_measures()
-        dense_loss = sum(losses) / len(losses)
+        dense_loss = self._measure_heads()
+        num_layers, num_kv_heads = self._shape
+        measures = tuple(tuple(self._mean(layer, head) for head in range(num_kv_heads)) for layer in range(num_layers))
         scores = tuple(
             tuple(float(f"{head.cost(dense_loss, self._max_loss):.4g}") for head in layer) for layer in measures
         )
@@ -75,14 +78,14 @@ class Search:
 
         def passes(count: int) -> bool:
             measured[count] = self._try(ranking, count)
-            return within(measured[count], measured[0], self._max_loss)
+            return within(measured[count], self._max_loss)
 
         count = largest_passing(len(ranking), guess, passes)
         in_order = tuple(measured[number] for number in sorted(measured))
         return Found(measures, scores, gates, in_order, measured[count], streaming_heads(ranking, count, *self._shape))
 
-    def _measure_heads(self) -> list[float]:
-        """Fills the state's measures; returns each text's dense loss."""
+    def _measure_heads(self) -> float:
+        """Fills the state's measures; returns the dense loss of the texts."""
         num_layers, num_kv_heads = self._shape
         texts, losses = self._texts.calibration, []
         bar = self._progress.add_task("measuring heads", total=len(texts) * num_layers * num_kv_heads)
@@ -90,17 +93,22 @@ class Search:
             scorer = HeadScorer(self._model, text, self._reach, self._seed)
             losses.append(scorer.dense_loss)
             for layer in range(num_layers):
-                if (number, layer) in self._state.measures:
+                heads = [head for head in range(num_kv_heads) if number == 0 or self._may_stream(layer, head, losses)]
+                if (number, layer) in self._state.measures or not heads:
                     scorer.skip()
                 else:
-                    self._state.add_layer(number, layer, scorer.next_layer())
+                    self._state.add_layer(number, layer, scorer.next_layer(heads))
                 self._progress.advance(bar, num_kv_heads)
-        return losses
+        return sum(losses) / len(losses)
 
-    def _mean_measures(self) -> tuple[tuple[HeadMeasures, ...], ...]:
-        texts = range(len(self._texts.calibration))
-        layers = ([self._state.measures[text, layer] for text in texts] for layer in range(self._shape[0]))
-        return tuple(tuple(HeadMeasures.mean(heads) for heads in zip(*layer, strict=True)) for layer in layers)
+    def _may_stream(self, layer: int, head: int, losses: Sequence[float]) -> bool:
+        """Whether the first text leaves it open; no more time is spent on heads that it makes retrieval heads."""
+        return self._state.measures[0, layer][head].cost(losses[0], self._max_loss) < TOO_MUCH
+
+    def _mean(self, layer: int, head: int) -> HeadMeasures:
+        """Over the texts that the head was measured on."""
+        texts = [self._state.measures.get((text, layer), {}) for text in range(len(self._texts.calibration))]
+        return HeadMeasures.mean([heads[head] for heads in texts if head in heads])
 
     def _optimize(self, marginal_cost: float) -> Matrix:
         """Gates after training, from the state when it has them."""
@@ -122,7 +130,7 @@ class Search:
         if digest not in self._state.measured:
             bar = self._progress.add_task(f"trying {count} streaming heads", total=1)
             if self._gate is None:
-                self._gate = Gate(self._model, self._texts.passages, self._texts.documents, self._reach)
+                self._gate = Gate(self._model, self._texts.documents, self._reach)
             self._state.add_measurement(digest, self._gate.measure(streaming))
             self._progress.advance(bar)
         return self._state.measured[digest]

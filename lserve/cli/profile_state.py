@@ -12,23 +12,23 @@ from lserve.engine.profile_gate import Measurement
 class ProfileState:
     """Measurements of one run. The file is written after each, and read only by a run with the same key.
 
-    key: names everything that the measurements depend on. measures: per (text, layer), of the layer's heads. gates: as
+    key: names everything that the measurements depend on. measures: per (text, layer), by head. gates: as
     optimised. measured: by the accuracy gate, by the digest of which heads stream.
     """
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
-        self.measures: dict[tuple[int, int], list[HeadMeasures]] = {}
+        self.measures: dict[tuple[int, int], dict[int, HeadMeasures]] = {}
         self.gates: list[list[float]] | None = None
         self.measured: dict[str, Measurement] = {}
         content = self._read()
         if content.get("key") == key:
             for text, layer, heads in content["measures"]:
-                self.measures[text, layer] = [HeadMeasures(**head) for head in heads]
+                self.measures[text, layer] = {int(head): HeadMeasures(**values) for head, values in heads.items()}
             self.gates = content["gates"]
             self.measured = {digest: Measurement(**values) for digest, values in content["measured"].items()}
 
-    def add_layer(self, text: int, layer: int, measures: list[HeadMeasures]) -> None:
+    def add_layer(self, text: int, layer: int, measures: dict[int, HeadMeasures]) -> None:
         """Keeps one layer's measures."""
         self.measures[text, layer] = measures
         self._write()
@@ -57,7 +57,9 @@ class ProfileState:
     def _write(self) -> None:
         content = {
             "key": self._key,
-            "measures": [(*at, [asdict(head) for head in heads]) for at, heads in self.measures.items()],
+            "measures": [
+                (*at, {head: asdict(values) for head, values in heads.items()}) for at, heads in self.measures.items()
+            ],
             "gates": self.gates,
             "measured": {digest: asdict(measurement) for digest, measurement in self.measured.items()},
         }

@@ -17,23 +17,25 @@ FACT_TOKENS = 60
 """Room that a document leaves for each fact and its question."""
 
 
+NUM_CALIBRATION, NUM_DOCUMENTS = 2, 2
+
+
 @dataclass(frozen=True, slots=True)
 class ProfileTexts:
-    """calibration ranks the heads; passages (token ids) and documents are the gate's."""
+    """calibration ranks the heads; documents are the accuracy gate's."""
 
     calibration: tuple[PlantedText, ...]
-    passages: tuple[tuple[int, ...], ...]
     documents: tuple[FactDocument, ...]
 
 
 def make_texts(tokenizer: Tokenizer, text: str, source: str, length: int, seed: int) -> ProfileTexts:
-    """Two calibration texts of a third of the length, two passages of two thirds, two documents of all of it.
+    """Calibration texts of half the length, and documents of all of it, from parts that do not overlap.
 
     source: what the text came from, for the message. Raises SettingsError when there is too little of it.
     """
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     num_facts = min(MAX_FACTS, length // (4 * FACT_TOKENS))
-    sizes = [length // 3] * 2 + [length * 2 // 3] * 2 + [length - num_facts * FACT_TOKENS] * 2
+    sizes = [length // 2] * NUM_CALIBRATION + [length - num_facts * FACT_TOKENS] * NUM_DOCUMENTS
     spare = len(token_ids) - sum(sizes)
     if spare < 0:
         raise SettingsError(
@@ -41,19 +43,15 @@ def make_texts(tokenizer: Tokenizer, text: str, source: str, length: int, seed: 
             f"{sum(sizes)} are needed: give more --data, or a smaller --length"
         )
     draw = random.Random(seed)
-    order = draw.sample(range(len(sizes)), len(sizes))
-    pieces: dict[int, list[int]] = {}
+    pieces: dict[int, str] = {}
     at = 0
-    for number in order:
+    for number in draw.sample(range(len(sizes)), len(sizes)):
         at += spare // len(sizes)
-        pieces[number] = token_ids[at : at + sizes[number]]
+        pieces[number] = tokenizer.decode(token_ids[at : at + sizes[number]])
         at += sizes[number]
-    texts = [tokenizer.decode(pieces[number]) for number in range(len(sizes))]
-    return ProfileTexts(
-        calibration=tuple(_planted_text(tokenizer, text, num_facts, draw) for text in texts[:2]),
-        passages=tuple(tuple(tokenizer.encode(tokenizer.decode(pieces[number]))) for number in (2, 3)),
-        documents=tuple(_fact_document(tokenizer, text, num_facts, draw) for text in texts[4:]),
-    )
+    calibration = tuple(_planted_text(tokenizer, pieces[i], num_facts, draw) for i in range(NUM_CALIBRATION))
+    documents = (_fact_document(tokenizer, pieces[i], num_facts, draw) for i in range(NUM_CALIBRATION, len(sizes)))
+    return ProfileTexts(calibration, tuple(documents))
 
 
 def _planted_text(tokenizer: Tokenizer, text: str, num_facts: int, draw: random.Random) -> PlantedText:
@@ -78,26 +76,16 @@ def _planted_text(tokenizer: Tokenizer, text: str, num_facts: int, draw: random.
 
 
 def _fact_document(tokenizer: Tokenizer, text: str, num_facts: int, draw: random.Random) -> FactDocument:
-    """The text with facts, and a chat's questions about them, whose replies begin as the facts do."""
+    """The text with facts, and questions about them, whose replies begin as the facts do."""
     planted = single(draw, text, num_facts)
-    body = insert(text, planted.items)
-    prompts = [chat(tokenizer, f"{body}\n\n{case.question}") for case in planted.cases]
-    shared = next(i for i, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
-    questions = [
+    questions = tuple(
         Question(
-            (*prompt[shared:], *tokenizer.encode(_opening(case), add_special_tokens=False)),
+            tuple(tokenizer.encode(f"\n\n{case.question} {_opening(case)}", add_special_tokens=False)),
             tuple(tokenizer.encode(f" {case.answers[0]}", add_special_tokens=False)),
         )
-        for prompt, case in zip(prompts, planted.cases, strict=True)
-    ]
-    return FactDocument(tuple(prompts[0][:shared]), tuple(questions))
-
-
-def chat(tokenizer: Tokenizer, message: str) -> list[int]:
-    """A user's message in the model's chat template; as plain text where it has none."""
-    if tokenizer.has_chat_template:
-        return tokenizer.encode_chat([("user", message)])
-    return tokenizer.encode(f"{message}\n")
+        for case in planted.cases
+    )
+    return FactDocument(tuple(tokenizer.encode(insert(text, planted.items))), questions)
 
 
 def _opening(case: Case) -> str:

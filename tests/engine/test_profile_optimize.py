@@ -38,7 +38,7 @@ def test_the_gradient_is_that_of_the_cost(tiny: tuple[Model, Any]) -> None:
 
 def test_heads_below_the_marginal_cost_give_in_and_others_stay(tiny: tuple[Model, Any]) -> None:
     scorer = HeadScorer(tiny[0], TEXT, REACH, 0)
-    costs = [[m.cost(scorer.dense_loss, 0.003) for m in scorer.next_layer()] for _ in range(3)]
+    costs = [[m.cost(scorer.dense_loss, 0.003) for m in scorer.next_layer((0, 1)).values()] for _ in range(3)]
     in_order = sorted(cost for row in costs for cost in row)
     optimizer = GateOptimizer(tiny[0], [TEXT], REACH, 0.003, (in_order[2] + in_order[3]) / 2, 0)
     spent = [optimizer.step() for _ in range(40)]
