@@ -198,6 +198,7 @@ class Settings(_Section):
         return EngineConfig(
             model=self.model.path,
             device="cuda" if worker.num_gpus else "cpu",
+            gpu_share=min(worker.num_gpus, 1.0) or 1.0,
             compute_dtype=self.model.dtype,
             weights=self.model.weights,
             cache=self.cache,

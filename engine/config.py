@@ -141,7 +141,10 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Everything that one engine needs beside the weights. model: local directory, Hugging Face id or GGUF file."""
+    """Everything that one engine needs beside the weights. model: local directory, Hugging Face id or GGUF file.
+
+    gpu_share: the part of a GPU that this worker may fill, where several share one.
+    """
 
     model: str
     device: str = "cpu"
@@ -151,3 +154,4 @@ class EngineConfig:
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     seed: int = 0
+    gpu_share: float = 1.0

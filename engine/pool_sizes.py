@@ -30,8 +30,9 @@ def pool_sizes(
 
     free_bytes: of the GPU beside the weights; None asks it.
 
-    Without explicit sizes a worker takes 2 GiB on a CPU and 80 % of what is free on a GPU; streaming pages get what
-    every row needs, plus a share that the prefix cache's resume points use (a window in every 1,024 tokens).
+    Without explicit sizes a worker takes 2 GiB on a CPU and 80 % of what is free in its share of a GPU; streaming
+    pages get what every row needs, plus a share that the prefix cache's resume points use (a window in every 1,024
+    tokens).
     """
     sparsity, scheduler = config.sparsity, config.scheduler
     rows = scheduler.max_batch_size + SPARE_ROWS
@@ -41,7 +42,7 @@ def pool_sizes(
     if retrieval_bytes is None:
         retrieval_bytes = DEFAULT_CPU_BYTES
         if config.device.startswith("cuda"):
-            free_bytes = torch.cuda.mem_get_info()[0] if free_bytes is None else free_bytes
+            free_bytes = _free_bytes(config.gpu_share) if free_bytes is None else free_bytes
             retrieval_bytes = int(free_bytes * GPU_FRACTION) - rows * page_format.tail_row_bytes
             retrieval_bytes -= needed * page_format.streaming_page_bytes
             share = sparsity.local_window / PAGE_SIZE / 16 * page_format.streaming_page_bytes
@@ -66,3 +67,9 @@ def pool_sizes(
                 f" {rows} rows need {needed * page_format.streaming_page_bytes} bytes"
             )
     return PoolSizes(retrieval, streaming, rows)
+
+
+def _free_bytes(share: float) -> int:
+    """What this process may still take of a GPU when it may fill a share of it."""
+    free, total = torch.cuda.mem_get_info()
+    return max(min(free, int(total * share) - torch.cuda.memory_allocated()), 0)
