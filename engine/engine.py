@@ -15,7 +15,7 @@ import torch
 
 from .attention import budget_pages
 from .chain import chain_hashes, chain_root
-from .config import BLOCK_SIZE, EngineConfig
+from .config import BLOCK_SIZE, PAGE_SIZE, EngineConfig
 from .density import AttentionDensity
 from .detokenizer import Detokenizer
 from .errors import DeadlineExceededError, InvalidRequestError
@@ -303,7 +303,8 @@ class Engine:
             sequence.num_computed, sequence.fresh = sequence.num_tokens, False
         for sequence, token in zip(sequences, drawn, strict=True):
             self._emit(sequence, token, choices.get(sequence))
-            if sequence.state is State.RUNNING:
+            # the window's first page moves on where the next position ends its own page
+            if sequence.state is State.RUNNING and sequence.num_computed % PAGE_SIZE == PAGE_SIZE - 1:
                 self.scheduler.drop_stale_streaming(sequence)
 
     def _after_prefill(self, chunks: list[PrefillChunk], drawn: list[SampledToken], result: StepResult) -> None:

@@ -260,11 +260,13 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> None:
         """Gives a running sequence the page of its newest token, preempting the youngest when pages are short."""
+        own_page = sequence.own_page
         while sequence.state is State.RUNNING:
             try:
-                if self._has_retrieval and sequence.own_page >= len(sequence.retrieval_pages):
+                if self._has_retrieval and own_page >= len(sequence.retrieval_pages):
                     sequence.retrieval_pages += self._retrieval.allocate(1)
-                self.reserve_streaming(sequence, [sequence.own_page])
+                if own_page not in sequence.streaming_pages:
+                    self.reserve_streaming(sequence, [own_page])
                 return
             except CapacityError:
                 self.preempt(self.running[-1])
