@@ -25,12 +25,16 @@ class _Section(BaseModel):
 
 
 class ModelSettings(_Section):
-    """Which model. path: local directory, Hugging Face id or GGUF file. dtype None: bfloat16 on GPUs, else float32."""
+    """Which model. path: local directory, Hugging Face id or GGUF file. dtype None: bfloat16 on GPUs, else float32.
+
+    calibrate: fit low-bit weights to the model's own activations; the first start takes minutes longer.
+    """
 
     path: str = Field(min_length=1)
     served_name: str | None = Field(default=None, min_length=1)
     dtype: ComputeDtype | None = None
     weights: Literal["native", "fp8", "int8", "w4a8"] = "native"
+    calibrate: bool = True
     seed: int = 0
 
 
@@ -201,6 +205,7 @@ class Settings(_Section):
             gpu_share=min(worker.num_gpus, 1.0) or 1.0,
             compute_dtype=self.model.dtype,
             weights=self.model.weights,
+            calibrate=self.model.calibrate,
             cache=self.cache,
             sparsity=self.sparsity,
             scheduler=SchedulerConfig(

@@ -171,14 +171,15 @@ def fingerprint(path_or_id: str) -> str:
     """
     path = locate(path_or_id)
     if is_gguf(path):
-        return _file_digest(path)
+        return file_digest(path)
     total = hashlib.sha256()
     for file in [path / "config.json", *weight_files(path)]:
-        total.update(f"{file.name}:{_file_digest(file)}\n".encode())
+        total.update(f"{file.name}:{file_digest(file)}\n".encode())
     return total.hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file; kept under `cache_folder()` by path, size and modification time."""
     real, status = path.resolve(), path.stat()
     key = hashlib.sha256(f"{real}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()
     kept = cache_folder() / "digests" / key

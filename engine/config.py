@@ -143,6 +143,7 @@ class SchedulerConfig:
 class EngineConfig:
     """Everything that one engine needs beside the weights. model: local directory, Hugging Face id or GGUF file.
 
+    calibrate: fit low-bit weights to what they are multiplied by, once per model and format (`CalibratedWeights`).
     gpu_share: the part of a GPU that this worker may fill, where several share one.
     """
 
@@ -150,6 +151,7 @@ class EngineConfig:
     device: str = "cpu"
     compute_dtype: ComputeDtype | None = None
     weights: Literal["native", "fp8", "int8", "w4a8"] = "native"
+    calibrate: bool = True
     cache: CacheConfig = field(default_factory=CacheConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

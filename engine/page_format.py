@@ -76,7 +76,8 @@ def make_page_format(
 ) -> PageFormat:
     """The format of a model under these settings; everything that changes a page's numbers enters format_id.
 
-    fingerprint: of the model's weights. streaming: [layers][KV heads]. compute_dtype: float32, bfloat16 or float16.
+    fingerprint: of the checkpoint. weights: their format, and what tells calibrated ones apart. streaming: [layers][KV
+    heads]. compute_dtype: float32, bfloat16 or float16.
     """
     layout = make_slot_layout(cache.kv_dtype, model.head_dim, cache.logical_page_size, PAGE_SIZE)
     identity = {

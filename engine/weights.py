@@ -1,6 +1,6 @@
 """Checkpoints to models, matrix by matrix: read, check, fuse, rotate values, convert. No second copy of all is held."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,10 @@ from .model import Layer, Model, Weights
 from .quantization import Linear, NativeLinear, WeightFormat, make_linear
 
 __all__ = ["fingerprint", "load_model", "read_config", "value_rotation"]
+
+
+LowBit = Callable[[ModelConfig, Tensor, Iterator[Layer]], Iterable[Layer]]
+"""(configuration, embedding, layers with native float32 weights, made as they are asked for) to low-bit layers."""
 
 
 class TensorSource(Protocol):
@@ -61,9 +65,15 @@ def read_config(path_or_id: str) -> ModelConfig:
 
 
 def load_model(
-    path_or_id: str, device: str | torch.device, compute_dtype: torch.dtype, weight_format: WeightFormat = "native"
+    path_or_id: str,
+    device: str | torch.device,
+    compute_dtype: torch.dtype,
+    weight_format: WeightFormat = "native",
+    low_bit: LowBit | None = None,
 ) -> Model:
     """Loads a checkpoint onto a device, with floats in compute_dtype and linear layers in weight_format.
+
+    low_bit makes the layers instead of weight_format, which rounds every matrix by itself.
 
     Raises UnsupportedModelError, naming the field or tensor, for a checkpoint that does not fit; SettingsError for a
     path or id that does not exist.
@@ -77,7 +87,7 @@ def load_model(
     else:
         config = directory_config(path)
         source = SafetensorsFiles(weight_files(path))
-    return build_model(config, source, torch.device(device), compute_dtype, weight_format)
+    return build_model(config, source, torch.device(device), compute_dtype, weight_format, low_bit)
 
 
 def build_model(
@@ -86,22 +96,27 @@ def build_model(
     device: torch.device,
     compute_dtype: torch.dtype,
     weight_format: WeightFormat = "native",
+    low_bit: LowBit | None = None,
 ) -> Model:
-    """A model from any source of tensors; errors as in load_model.
+    """A model from any source of tensors; arguments and errors as in load_model.
 
-    Every tensor must be there, with the shape that config says, and none may be left over.
+    Every tensor must be there, with the shape that config says, and none may be left over; layers that low_bit does not
+    ask for are not checked.
     """
-    reader = _Reader(config, source, device, compute_dtype, weight_format)
+    reader = _Reader(config, source, device, compute_dtype, weight_format if low_bit is None else "native")
+    if low_bit is not None:
+        reader.linear_dtype = torch.float32
     embedding = reader.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size, dtype=compute_dtype)
-    layers = tuple(_layer(reader, index) for index in range(config.num_layers))
     final_norm = reader.tensor("model.norm.weight", config.hidden_size, dtype=compute_dtype)
     head: Linear = NativeLinear(embedding, None)
     if not config.tie_embeddings:
         head = NativeLinear(
             reader.tensor("lm_head.weight", config.vocab_size, config.hidden_size, dtype=compute_dtype), None
         )
-    reader.check_all_read()
-    return Model(config, Weights(embedding, layers, final_norm, head))
+    layers: Iterable[Layer] = _layers(reader)
+    if low_bit is not None:
+        layers = low_bit(config, embedding, _layers(reader))
+    return Model(config, Weights(embedding, tuple(layers), final_norm, head))
 
 
 def value_rotation(head_dim: int) -> Tensor:
@@ -128,7 +143,7 @@ class _Reader:
         compute_dtype: torch.dtype,
         weight_format: WeightFormat,
     ) -> None:
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.linear_dtype = config, compute_dtype, compute_dtype
         self.rotation = value_rotation(config.head_dim).to(device)
         self._source, self._device, self._format = source, device, weight_format
         self._unread = set(source.names())
@@ -155,7 +170,7 @@ class _Reader:
         weights, biases = zip(*parts, strict=True)
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias = torch.cat(biases) if biases[0] is not None else None
-        return make_linear(weight, bias, self._format, self.compute_dtype)
+        return make_linear(weight, bias, self._format, self.linear_dtype)
 
     def check_all_read(self) -> None:
         """A tensor that nothing read is a feature that the model code lacks."""
@@ -166,6 +181,13 @@ class _Reader:
             raise UnsupportedModelError(
                 f"tensor {left[0]!r} has no place in a {self.config.architecture} model ({len(left)} such tensors)"
             )
+
+
+def _layers(reader: _Reader) -> Iterator[Layer]:
+    """Reads all layers in order, then checks that nothing of the checkpoint is left."""
+    for index in range(reader.config.num_layers):
+        yield _layer(reader, index)
+    reader.check_all_read()
 
 
 def _layer(reader: _Reader, index: int) -> Layer:

@@ -1,5 +1,6 @@
 """Low-bit weights of linear layers: how they are made (once, at load) and how they lie in memory."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from .activation_format import GROUP
 W4_LEVELS = 15
 W4_RANGE = 119
 """First-level codes stay in [-119, 119], so that min + 15 * step fits int8 after both are rounded (QServe, 4.1)."""
+
+W4_STEPS_TRIED = 6
 
 CHUNK = 2 * GROUP
 """Input channels whose codes share bytes."""
@@ -81,8 +84,7 @@ def w8_scale(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def quantize_w4(weight: Tensor) -> W4Weight:
     """Two-level 4-bit codes of weight [N, K] float, each group's step chosen by least squared error.
 
-    Rows are scaled to [-119, 119] first; a group then tries the step that covers its range and up to three smaller
-    ones, which clip its ends but round the rest finer.
+    Rows are scaled to [-119, 119] first.
     """
     scale = w4_scale(weight)
     groups = weight.float().div(scale[:, None]).split(GROUP, dim=1)
@@ -123,17 +125,22 @@ def decode_w4(weight: W4Weight) -> W8Weight:
     return W8Weight(rows[:, : weight.in_features].contiguous(), weight.scale)
 
 
-def choose_levels(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(step, minimum), both [N, 1] whole numbers, of one group's values [N, up to 128] in [-119, 119]."""
+def choose_levels(values: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(step, minimum), both [N, 1] whole numbers, of one group's values [N, up to 128] in [-119, 119].
+
+    Tried are the step that covers the range and smaller ones, which clip its ends but round the rest finer, each in the
+    middle of the range and half a step to either side. The least squared error wins; importance [up to 128] weighs it.
+    """
     low, high = values.aminmax(dim=-1, keepdim=True)
     covering = ((high - low) / W4_LEVELS).ceil_().clamp_(min=1)
     best_error = torch.full_like(low, torch.inf)
     best_step, best_minimum = covering, low.round()
-    for smaller in range(4):
+    for smaller, shift in itertools.product(range(W4_STEPS_TRIED), (0.0, -0.5, 0.5)):
         step = (covering - smaller).clamp_(min=1)
-        minimum = ((low + high - W4_LEVELS * step) / 2).round_().clamp_(min=-127).minimum(127 - W4_LEVELS * step)
-        decoded = encode_w4(values, step, minimum).mul_(step).add_(minimum)
-        error = decoded.sub_(values).square_().sum(dim=-1, keepdim=True)
+        minimum = ((low + high - W4_LEVELS * step) / 2 + shift * step).round_()
+        minimum = minimum.clamp_(min=-127).minimum(127 - W4_LEVELS * step)
+        error = encode_w4(values, step, minimum).mul_(step).add_(minimum).sub_(values).square_()
+        error = (error if importance is None else error.mul_(importance)).sum(dim=-1, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_step = torch.where(better, step, best_step)

@@ -36,8 +36,9 @@ def test_w4_decodes_to_what_its_nibbles_say(num_columns, num_channels):
     decoded = decode_w4(weight)
     assert torch.equal(w8_values(decoded).float(), oracle.w4_values(weight).float())
     assert torch.equal(gpu_linear.decode_w4(weight).codes, decoded.codes)
-    # the smallest step tried is 3 under the covering one: 15 * 3 / 2 is clipped from either end, plus rounding
-    assert ((w8_values(decoded) - matrix).abs() <= weight.scale[:, None] * 24).all()
+    # the smallest step tried is 5 under the covering one, which is 16 at most: 15 * 5 / 2 is clipped from either end,
+    # and half a step more where the levels are shifted
+    assert ((w8_values(decoded) - matrix).abs() <= weight.scale[:, None] * 46).all()
     padding = torch.cat((weight.codes & 15, weight.codes >> 4), -1).transpose(0, 1).reshape(num_columns, -1)
     assert (padding[:, num_channels:] == 0).all()
 
