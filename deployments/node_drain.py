@@ -6,6 +6,7 @@ from typing import Any, cast
 import ray
 from ray.core.generated import autoscaler_pb2
 from ray.util.state import list_actors
+from ray.util.state.exception import RayStateApiException
 
 from lserve.engine.errors import LServeError
 
@@ -19,7 +20,7 @@ def drain_node(node_id: str, timeout_s: float) -> bool:
 
     Serve starts each replica on another node (an autoscaler may have to add one), then stops the old one, which
     finishes its requests and leases first. Replicas that have found no new home are stopped when time runs out. Needs a
-    connected Ray driver and Ray's dashboard. LServeError when Ray refuses.
+    connected Ray driver and Ray's dashboard. LServeError when Ray refuses or its head is gone.
     """
     deadline = time.time() + timeout_s
     raylet, reasons = cast(Any, ray._raylet), cast(Any, autoscaler_pb2)  # neither is typed
@@ -36,7 +37,11 @@ def drain_node(node_id: str, timeout_s: float) -> bool:
 
 
 def serving_actors(node_id: str) -> list[str]:
-    """Class names of the Serve replicas and proxies that are alive on a node."""
+    """Class names of the Serve replicas and proxies that are alive on a node. LServeError when the head is gone."""
     address = ray.get_runtime_context().gcs_address
-    alive = list_actors(address, filters=[("node_id", "=", node_id), ("state", "=", "ALIVE")], limit=_MAX_ACTORS)
+    on_node: list[Any] = [("node_id", "=", node_id), ("state", "=", "ALIVE")]
+    try:
+        alive = list_actors(address, filters=on_node, limit=_MAX_ACTORS)
+    except (RayStateApiException, OSError) as error:
+        raise LServeError(f"Ray's head does not answer: {error}".splitlines()[0]) from None
     return [actor.class_name for actor in alive if actor.class_name.startswith(_SERVING)]

@@ -1,8 +1,9 @@
 """`lserve drain`: takes this machine out of a Ray cluster without breaking a request; for preStop hooks."""
 
 import argparse
-import logging
 import sys
+
+from .ray_cluster import connect
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
 
     from lserve.deployments.node_drain import drain_node, serving_actors
 
-    ray.init(address="auto", namespace="lserve", log_to_driver=False, logging_level=logging.ERROR)
+    connect()
     node_id = ray.get_runtime_context().get_node_id()
     if drain_node(node_id, options.timeout_s):
         return 0

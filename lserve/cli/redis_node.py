@@ -2,8 +2,9 @@
 
 import argparse
 import json
-import logging
 from dataclasses import asdict
+
+from .ray_cluster import connect
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -24,11 +25,9 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(options: argparse.Namespace) -> int:
     """Starts Redis through the Ray cluster that this machine belongs to. Raises LServeError."""
-    import ray
-
     from lserve.deployments.redis_node import start_redis
 
-    ray.init(address="auto", namespace="lserve", log_to_driver=False, logging_level=logging.ERROR)
+    connect()
     endpoint = start_redis(int(options.memory_gib * (1 << 30)), options.port, options.timeout_s)
     print(json.dumps(asdict(endpoint)))
     return 0
