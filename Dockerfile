@@ -34,6 +34,7 @@ RUN install --directory --owner=1000 --group=100 /models
 USER 1000:100
 
 ENV HF_HOME=/models \
+    XDG_CACHE_HOME=/models/cache \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     NVIDIA_VISIBLE_DEVICES=all \
     RAY_USAGE_STATS_ENABLED=0

@@ -80,6 +80,7 @@ def test_a_pod_needs_to_write_nowhere_else(ray_pods: dict[str, Resource], tmp_pa
         "PYTHONPATH": str(ROOT),
         "HOME": "/home/ray",
         "HF_HOME": "/tmp/models",
+        "XDG_CACHE_HOME": "/tmp/models/cache",
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
