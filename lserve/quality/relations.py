@@ -1,59 +1,61 @@
 """Relations that planted facts are about, by what their values are: no two alike, so that none distracts from another.
 
-A model of 135M parameters finds such facts in 7,500 tokens of real text. Among ten of one relation (`the pass key for
-Vienna`, `for Oslo`, ...) it takes one for another, dense or not; larger models do not.
+A model of 135M parameters finds such facts in 7,500 tokens of real text where the relation says what kind of thing the
+value is (`the favourite fruit of Mrs. Palmer`); to others it answers out of its head, dense or not. And among ten of
+one relation (`the pass key for Vienna`, `for Oslo`, ...) it takes one for another. Larger models do neither.
 """
 
-from .vocabulary import CITIES, COLOURS, FIRST_NAMES, JOBS, SURNAMES, WORDS, words
+from .vocabulary import CITIES, FIRST_NAMES, SURNAMES, WORDS, words
 
 NUMBER_RELATIONS = (
     "phone number of Mr. Lighthouse",
-    "pass key for the north gate",
-    "code of the blue safe",
     "number of the lost ticket",
-    "licence plate of the yellow taxi",
-    "price of the antique piano",
-    "serial number of the old tractor",
-    "weight of the bronze elephant",
-    "membership card of Mrs. Dalton",
-    "bank account of the fishing club",
-    "frequency of the mountain radio",
     "population of the valley",
+    "serial number of the old tractor",
+    "pass key for the north gate",
+    "salary of Mrs. Bennett",
+    "postal code of the fishing village",
+    "distance to the moon base",
+    "telephone extension of Dr. Moreau",
+    "licence number of Captain Silver",
+    "price of the golden watch",
+    "student number of Miss Chang",
 )
 
 WORD_RELATIONS = (
-    ("secret word of the sailors", WORDS),
-    ("password of the library", WORDS),
-    ("favourite fruit of Mrs. Palmer", words("mango banana cherry lemon apricot coconut peach plum")),
-    ("colour of the mayor's coat", COLOURS),
-    ("instrument of the young countess", words("violin trumpet harp drum flute guitar cello piano")),
-    ("animal on the village flag", words("falcon turtle penguin lion horse wolf bear owl")),
-    ("profession of Mr. Winterbottom", JOBS),
-    ("flower on the baker's table", words("tulip rose daisy lily orchid sunflower violet iris")),
-    ("tool in the hunter's bag", words("hammer compass lantern shovel ladder needle axe rope")),
-    ("drink of the tired actors", words("coffee lemonade cider milk brandy tea cocoa wine")),
-    ("metal of the royal crown", words("gold silver copper bronze iron platinum tin brass")),
-    ("game of the prison guards", words("chess poker darts bridge dominoes checkers bingo rugby")),
+    ("favourite fruit of Mrs. Palmer", words("mango banana cherry apricot coconut peach plum melon")),
+    ("profession of Mr. Winterbottom", words("carpenter dentist lawyer plumber tailor butcher farmer nurse")),
+    ("colour of the mayor's coat", words("purple orange yellow pink white")),
+    ("favourite animal of Mr. Greenfield", words("falcon turtle penguin giraffe rabbit dolphin tiger camel")),
+    ("favourite sport of Miss Holloway", words("tennis hockey golf rowing cricket rugby boxing skiing")),
+    ("favourite drink of Mr. Baxter", words("lemonade cider brandy cocoa coffee milk wine beer")),
+    ("favourite instrument of Miss Tanaka", words("violin trumpet harp flute guitar cello piano drum")),
+    ("favourite game of Mr. Pritchard", words("chess poker darts bridge dominoes checkers bingo roulette")),
+    ("favourite season of Miss Lindgren", words("autumn winter spring summer")),
+    ("hobby of Mrs. Kowalski", words("fishing knitting painting gardening sailing dancing cooking reading")),
+    ("favourite colour of Mrs. Whitlock", words("silver brown green red blue black golden")),
+    ("allergy of Mr. Sandoval", words("peanuts shellfish wheat pollen eggs soy cats dust")),
 )
 
 NAME_RELATIONS = (
-    ("hometown of the old captain", CITIES),
-    ("name of the miller's dog", FIRST_NAMES),
-    ("winner of the chess tournament", SURNAMES),
-    ("destination of the night train", CITIES),
-    ("owner of the corner shop", SURNAMES),
-    ("bride of the blacksmith", FIRST_NAMES),
-    ("author of the burned letter", SURNAMES),
-    ("birthplace of the blind poet", CITIES),
-    ("teacher of the twin brothers", SURNAMES),
-    ("youngest child of the queen", FIRST_NAMES),
-    ("site of the glass factory", CITIES),
-    ("pilot of the silver airship", SURNAMES),
+    ("hometown of the old captain", words("Lisbon Oslo Dublin Warsaw Lima Seoul Madrid Boston")),
+    ("birthplace of Mr. Delaney", words("Vienna Athens Prague Cairo Toronto Sydney Berlin Denver")),
+    ("native language of Mrs. Okafor", words("Swahili Dutch Polish Finnish Korean Turkish Greek Danish")),
+    ("favourite city of Mrs. Romero", words("Geneva Munich Havana Chicago Venice Rome Paris Tokyo")),
+    ("middle name of Mrs. Sinclair", words("Edith Greta Wanda Bella Clara Irene Martha Teresa")),
+    ("nickname of Mr. Crawford", words("Pepper Biscuit Thunder Feather Rusty Lucky Shorty Buddy")),
+    ("employer of Mr. Hutchinson", words("Bluebird Northwind Starlight Redwood Ironside Goldleaf")),
+    ("religion of Mr. Abernathy", words("Buddhism Islam Judaism Hinduism Christianity Taoism")),
+    ("name of the captain's ship", words("Albatross Discovery Victory Phoenix Mermaid Neptune Pegasus")),
+    ("birthday month of Mr. Osgood", words("March June October April August November")),
+    ("winner of the chess tournament", words("Merritt Norwood Ramsey Stafford Winslow Prescott Barlow")),
+    ("destination of the night train", words("Hamburg Budapest Helsinki Moscow Seattle Nairobi")),
 )
 
 PAIRED_RELATIONS = (
-    ("number of the {} locker", ("red", "green"), None),
+    ("phone number of the {}", ("hotel", "hospital"), None),
     ("pass key for the {}", ("cellar", "attic"), None),
+    ("number of the {} locker", ("red", "green"), None),
     ("secret word of the {}", ("miners", "nurses"), WORDS),
     ("home of the {} sister", ("elder", "younger"), CITIES),
     ("name of the {} horse", ("black", "white"), FIRST_NAMES),
@@ -62,10 +64,9 @@ PAIRED_RELATIONS = (
         ("Mr. Ellison", "Mrs. Vaughan"),
         words("soup rice bread cheese salad pasta fish pancakes"),
     ),
-    ("phone number of the {}", ("hotel", "hospital"), None),
     ("painter of the {} portrait", ("large", "small"), SURNAMES),
 )
 """Relations with two keys each, so that every fact has one distractor; None draws five-digit numbers."""
 
-PERSONS = ("winner", "owner", "bride", "author", "teacher", "youngest child", "pilot", "painter")
+PERSONS = ("winner", "painter")
 """How relations begin that are asked for with `who`."""

@@ -2,7 +2,7 @@
 
 A task draws facts and questions (`plan`), and `build_document` plants the facts of one or more tasks into one passage.
 Everything follows from the seed. The needle tasks are RULER's (arXiv 2404.06654) in sentences that small chat models
-can follow; each fact is said twice, since a model of 135M parameters does not recall what it read once.
+can follow; each fact is said three times, since a model of 135M parameters does not recall what it read once.
 """
 
 import random
@@ -49,8 +49,9 @@ class TextMeasure(Protocol):
 
 
 def fact(relation: str, value: str) -> str:
-    """A fact to remember, said twice."""
-    return f"The {relation} is {value}. Remember it. {_capital(value)} is the {relation}."
+    """A fact to remember, said three times."""
+    told = f"The {relation} is {value}. Remember it. {_capital(value)} is the {relation}."
+    return f"{told} Once more: the {relation} is {value}."
 
 
 def numbers(draw: random.Random, text: str, questions: int) -> Planted:
