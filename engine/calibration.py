@@ -8,7 +8,7 @@ layers before it computed. Three things follow from a matrix's inputs:
   weights multiplied by it.
 - Weights are rounded with their errors made up for (`gptq`). For queries, keys and values a token counts as often as
   others attend to it: an error in the first token's key reaches every token.
-- The last layer, whose errors nothing dampens, stays one format above the rest.
+- The first and the last layer, whose errors cost most, stay one format above the rest.
 """
 
 from collections.abc import Iterator
@@ -38,15 +38,15 @@ from .quantization import (
 )
 from .rope import RotaryEmbedding
 
-LAST_LAYER: dict[WeightFormat, WeightFormat] = {"w4a8": "int8", "fp8": "native"}
-"""What the last layer has instead of a format."""
+OUTER_LAYERS: dict[WeightFormat, WeightFormat] = {"w4a8": "int8", "fp8": "native"}
+"""What the first and the last layer have instead of a format."""
 
 ACTIVATIONS: dict[WeightFormat, ActivationFormat] = {"fp8": "fp8", "int8": "int8", "w4a8": "int8"}
 
 EXPONENTS = (0.0, 0.5, 0.65, 0.8, 0.9)
 """How much of a channel's range moves from inputs to 8-bit weights; 0 leaves everything as it is."""
 
-W4_EXPONENT = 0.3
+W4_EXPONENT = 0.2
 """The same for 4-bit weights, which suffer most themselves: a little, by the mean size of inputs alone."""
 
 SEARCH_TOKENS = 512
@@ -70,9 +70,9 @@ class Calibration:
 
     def quantize(self, layers: Iterator[Layer]) -> Iterator[Layer]:
         """All layers, which must have native weights (in any float dtype), in the weight format, one at a time."""
-        last = self._config.num_layers - 1
+        outer = OUTER_LAYERS.get(self._format, self._format)
         for index, layer in enumerate(layers):
-            yield self._quantize(layer, LAST_LAYER.get(self._format, self._format) if index == last else self._format)
+            yield self._quantize(layer, outer if index in (0, self._config.num_layers - 1) else self._format)
 
     def _quantize(self, layer: Layer, form: WeightFormat) -> Layer:
         eps, dtype = self._config.rms_norm_eps, self._dtype

@@ -94,7 +94,7 @@ def _start(
     progress.stage("starting Ray")
     ray_processes = stack.enter_context(local_ray(settings, dashboard=options.dashboard))
     _stop_on_sigterm()  # Ray put its own handler in place
-    progress.stage(f"loading {settings.served_name} into {_workers(settings)}")
+    progress.stage(f"loading {settings.served_name} into {_workers(settings)}{_about_weights(settings)}")
     url = stack.enter_context(serving(settings))
     stack.callback(progress.stage, "stopping; Ctrl-C again does not wait for answers in progress")
     wait_until_ready(url, READY_TIMEOUT_S)
@@ -117,6 +117,12 @@ def _ask_first_question(console: Console, settings: Settings, url: str) -> None:
 def _workers(settings: Settings) -> str:
     prefill, decode = settings.prefill.replicas, settings.decode.replicas
     return f"{prefill} prefill and {decode} decode workers" if prefill else f"{decode} unified workers"
+
+
+def _about_weights(settings: Settings) -> str:
+    if settings.model.weights == "native" or not settings.model.calibrate:
+        return ""
+    return f"; a first start with {settings.model.weights} weights calibrates them, which takes minutes"
 
 
 def _stop_on_sigterm() -> None:

@@ -18,6 +18,7 @@ from lserve.engine.errors import SettingsError
 from lserve.engine.gptq import gptq_w4, gptq_w8, input_hessian
 from lserve.engine.loading import load
 from lserve.engine.model import Model
+from lserve.engine.quantization import NativeLinear, QuantizedLinear
 from lserve.engine.weights import load_model
 from lserve.kernels.weight_format import W8Weight, decode_w4, quantize_w4, quantize_w8
 
@@ -70,6 +71,12 @@ def test_calibrated_weights_stay_closer_to_the_native_model(weights: str, checkp
     native = load_model(str(checkpoint), "cpu", torch.float32)
     rounded = load_model(str(checkpoint), "cpu", torch.float32, weights)
     assert divergence(calibrated(checkpoint, weights)[0], native) < 0.75 * divergence(rounded, native)
+
+
+def test_outer_layers_stay_native_where_the_rest_is_fp8(checkpoint: Path) -> None:
+    calibrated(checkpoint, "fp8")
+    layers = calibrated(checkpoint, "fp8")[0]._weights.layers
+    assert [type(layer.down) for layer in layers] == [NativeLinear, QuantizedLinear, NativeLinear]
 
 
 def test_workers_that_share_nothing_arrive_at_the_same_weights(
