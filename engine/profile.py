@@ -21,10 +21,10 @@ from torch import Tensor
 from .model import Model
 from .whole_sequence import Reach, WholeSequence
 
-RECOMPUTED = 768
+RECOMPUTED = 384
 """Tokens of running text, the last ones, that are computed again for each head."""
 
-NUM_POSITIONS = 384
+NUM_POSITIONS = 256
 """How many of them heads are measured on: 128 rank the heads nearly as well."""
 
 ANSWER_ALLOWANCE = 0.1

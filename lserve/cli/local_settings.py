@@ -11,6 +11,9 @@ from lserve.engine.weights import read_config
 
 from .demo_model import SERVED_NAME, demo_model
 
+DEMO_PROFILE = Path(__file__).parent / "demo_heads.json"
+"""The demo model's head profile, as `lserve profile` wrote it."""
+
 # Low-bit pages, selection from 1,024 tokens on, and a handoff even for short prompts: the whole path, on two cores.
 DEMO: dict[str, Any] = {
     "cache": {"kv_dtype": "int4", "retrieval_pool_bytes": 512 << 20},  # nine requests of full length
@@ -29,6 +32,7 @@ def local_settings(
     """
     if file is None and model is None and not any(o.startswith("model.path=") for o in overrides):
         block = {**DEMO, "model": {"path": str(demo_model(report)), "served_name": SERVED_NAME}}
+        block["sparsity"] = {**DEMO["sparsity"], "head_profile": str(DEMO_PROFILE)}
         settings = load_settings(block, overrides)
     else:
         chosen = [] if model is None else [f"model.path={model}"]

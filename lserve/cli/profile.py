@@ -207,6 +207,7 @@ def _draw(console: Console, profile: HeadProfile, path: Path, max_loss: float) -
         console.print("no picture: matplotlib is not installed (the extra `quality` brings it)")
         return
     total = profile.num_layers * profile.num_kv_heads
-    title = f"What each head's history is worth: {profile.num_streaming_heads} of {total} stream (loss +{max_loss:.2%})"
+    streaming = f"{profile.num_streaming_heads} of {total} stream"
+    title = f"What each head's history is worth: at most {max_loss:.2%} of loss let {streaming}"
     profile_picture.draw(path, profile, title)
     console.print(f"{os.fspath(path)} shows it")

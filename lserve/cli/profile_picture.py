@@ -17,7 +17,7 @@ def draw(path: Path, profile: HeadProfile, title: str) -> None:
     assert profile.scores is not None
     floor = 1e-4
     values = [[max(row[head], floor) for row in profile.scores] for head in range(profile.num_kv_heads)]
-    size = (2.5 + 0.32 * profile.num_layers, 1.9 + 0.32 * profile.num_kv_heads)
+    size = (2.5 + 0.32 * profile.num_layers, 2.0 + 0.32 * profile.num_kv_heads)
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     image = axes.imshow(values, norm=LogNorm(floor, max(map(max, values))), cmap="viridis", aspect="equal")
     for layer, row in enumerate(profile.streaming):
@@ -31,6 +31,8 @@ def draw(path: Path, profile: HeadProfile, title: str) -> None:
     axes.set_xticks(range(0, profile.num_layers, 1 if profile.num_layers <= 40 else 4))
     axes.set_yticks(range(profile.num_kv_heads))
     axes.tick_params(labelsize=7)
-    figure.colorbar(image, ax=axes, label="share of the allowed loss", shrink=0.9)
+    figure.colorbar(
+        image, ax=axes, label="share of the allowed loss that it uses up alone", location="bottom", aspect=50
+    )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -13,7 +13,7 @@ from lserve.quality.tasks import single
 from lserve.quality.text import insert
 
 MAX_FACTS = 12
-FACT_TOKENS = 60
+FACT_TOKENS = 36
 """Room that a document leaves for each fact and its question."""
 
 
@@ -55,7 +55,7 @@ def make_texts(tokenizer: Tokenizer, text: str, source: str, length: int, seed: 
 
 
 def _planted_text(tokenizer: Tokenizer, text: str, num_facts: int, draw: random.Random) -> PlantedText:
-    """The text with facts, which are asked for and told again after it, one after the other."""
+    """The text with facts, half of which are asked for and told again after it, one after the other."""
     planted = single(draw, text, num_facts)
     body = insert(text, planted.items)
     token_ids = tokenizer.encode(body)
@@ -64,10 +64,11 @@ def _planted_text(tokenizer: Tokenizer, text: str, num_facts: int, draw: random.
     answers: list[int] = []
     mentions: list[range] = []
     told = {case.case_id: item for case, (_, item) in zip(planted.cases, planted.items, strict=True)}
-    for case in draw.sample(planted.cases, len(planted.cases)):
+    for case in draw.sample(planted.cases, (len(planted.cases) + 1) // 2):
         first = body.index(told[case.case_id])
         mention = range(bisect_left(starts, first), bisect_left(starts, first + len(told[case.case_id])))
-        token_ids += tokenizer.encode(f"\n\n{case.question} {_opening(case)}", add_special_tokens=False)
+        asked = f"\n\n{case.question} {_opening(told[case.case_id], case)}"
+        token_ids += tokenizer.encode(asked, add_special_tokens=False)
         answer = tokenizer.encode(f" {case.answers[0]}", add_special_tokens=False)
         answers += range(len(token_ids), len(token_ids) + len(answer))
         mentions += [mention] * len(answer)
@@ -80,14 +81,14 @@ def _fact_document(tokenizer: Tokenizer, text: str, num_facts: int, draw: random
     planted = single(draw, text, num_facts)
     questions = tuple(
         Question(
-            tuple(tokenizer.encode(f"\n\n{case.question} {_opening(case)}", add_special_tokens=False)),
+            tuple(tokenizer.encode(f"\n\n{case.question} {_opening(fact, case)}", add_special_tokens=False)),
             tuple(tokenizer.encode(f" {case.answers[0]}", add_special_tokens=False)),
         )
-        for case in planted.cases
+        for case, (_, fact) in zip(planted.cases, planted.items, strict=True)
     )
     return FactDocument(tuple(tokenizer.encode(insert(text, planted.items))), questions)
 
 
-def _opening(case: Case) -> str:
-    """What comes before the answer: `What is the code of the safe?` is answered by `The code of the safe is ...`."""
-    return f"The {case.question.removeprefix('What is the ').removesuffix('?')} is"
+def _opening(fact: str, case: Case) -> str:
+    """What stands before the answer: `The code of the safe is` of `The code of the safe is 4711. Remember it. ...`."""
+    return fact.partition(f" {case.answers[0]}.")[0]

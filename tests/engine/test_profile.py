@@ -29,11 +29,12 @@ def measured(model: Model, seed: int = 0) -> list[dict[int, HeadMeasures]]:
     return [scorer.next_layer((0, 1)) for _ in range(3)]
 
 
-@pytest.mark.parametrize(("recomputed", "start"), [(768, 0), (200, 280)])
+@pytest.mark.parametrize(("recomputed", "start"), [(480, 0), (200, 280)])
 def test_measures_are_those_of_whole_forwards(
     tiny: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch, recomputed: int, start: int
 ) -> None:
     monkeypatch.setattr("lserve.engine.profile.RECOMPUTED", recomputed)
+    monkeypatch.setattr("lserve.engine.profile.NUM_POSITIONS", 500)
     model, answers = tiny[0], torch.tensor(TEXT.answers)
     running = torch.arange(max(192, start + 1), 480)  # all that is past sink and window
     scorer = HeadScorer(model, TEXT, REACH, 0)
