@@ -2,8 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 from rendered import find_tool
@@ -37,3 +40,22 @@ def test_it_runs_as_nobody_and_says_how_it_is() -> None:
 def test_what_is_no_part_of_the_image_stays_out() -> None:
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".git", ".venv", "tests", "benchmarks"} <= set(ignored)
+
+
+def test_the_wheel_of_the_image_holds_the_whole_package(tmp_path: Path) -> None:
+    """Of a copy without what .dockerignore names, as the image's first stage sees it."""
+    away = shutil.ignore_patterns(*(name.removeprefix("**/") for name in (ROOT / ".dockerignore").read_text().split()))
+    shutil.copytree(ROOT, tmp_path / "lserve", symlinks=True, ignore=away)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", tmp_path, tmp_path / "lserve"], check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    folders = [ROOT / "lserve", *(ROOT / name for name in ("engine", "kernels", "deployments"))]
+    missing = [
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in folder.rglob("*")  # follows no links
+        if path.is_file() and path.suffix in (".py", ".txt", ".json", ".yaml", ".typed") and "results" not in path.parts
+        if str(Path("lserve") / path.relative_to(ROOT / "lserve" if folder.name == "lserve" else ROOT)) not in held
+    ]
+    assert missing == []
