@@ -41,6 +41,10 @@ OWN_QUESTIONS_SHARE = 0.4
 SUMMARY = "Summarise the text in a few sentences."
 
 
+class TimeUpError(Exception):
+    """The time is up in the middle of a document, which then does not count."""
+
+
 class Say(Protocol):
     """Told what goes on."""
 
@@ -79,6 +83,8 @@ class Study:
             self._pilot()
             self._own_questions()
             self._rounds()
+        except TimeUpError:
+            self._tell("the last document took longer than expected and is left out")
         except KeyboardInterrupt:
             self.findings.interrupted = True
         finally:
@@ -89,7 +95,7 @@ class Study:
     def _warm_up(self) -> None:
         """The first answer of an engine compiles kernels and touches memory: nobody should be timed on it."""
         for setting in self.settings:
-            self._say(f"{setting.name}: warming up", self._elapsed())
+            self._now(f"{setting.name}: warming up")
             try:
                 setting.probe.time(self._places.text[:1000], 5, BATCH)
             except LServeError as error:
@@ -110,15 +116,16 @@ class Study:
             self._one(length)
             done.append(length)
         settings = self._make_settings(done[-1])
-        if [s.name for s in settings] == [s.name for s in self.settings]:
+        same = [setting.name for setting in settings] == [setting.name for setting in self.settings]
+        if same or self._elapsed() + 1.1 * self._costs_s[done[-1]] > self._total_s:
             _close(settings)
-        else:
-            names = {setting.name for setting in settings}
-            _close(self.settings)
-            self.settings = settings  # other budgets suit shorter prompts: what was asked of the first ones is left out
-            self.findings.results, self.findings.trace = [], None
-            for key in [key for key in self.findings.timings if key[0] not in names]:
-                del self.findings.timings[key]
+            return
+        _close(self.settings)
+        names = {setting.name for setting in settings}
+        self.settings = settings  # other budgets suit shorter prompts: what was asked of the first ones is left out
+        self.findings.results, self.findings.trace = [], None
+        for key in [key for key in self.findings.timings if key[0] not in names]:
+            del self.findings.timings[key]
 
     def _rounds(self) -> None:
         while self._plans:
@@ -161,7 +168,7 @@ class Study:
         readings: set[str] = set()
         timings, length = self.findings.timings, document.length
         for setting in self.settings:
-            self._say(f"{length:,} tokens, {setting.name}: reading", self._elapsed())
+            self._now(f"{length:,} tokens, {setting.name}: reading")
             primed = setting.asker.prime(document)
             if primed.error is not None:
                 self._tell_once(f"{setting.name}: a document of {length:,} tokens is left out: {primed.error}")
@@ -171,7 +178,7 @@ class Study:
                 for other in self.settings:
                     if other.reading == setting.reading:
                         timings[other.name, length].read_s.append(primed.ttft_s)
-            self._say(f"{length:,} tokens, {setting.name}: {len(document.cases)} questions", self._elapsed())
+            self._now(f"{length:,} tokens, {setting.name}: {len(document.cases)} questions")
             for case, reply in zip(document.cases, setting.asker.ask(document, document.cases), strict=True):
                 if reply.error is not None:
                     self._tell_once(f"{setting.name}: a question counts as wrong: {reply.error}")
@@ -191,7 +198,7 @@ class Study:
         message = document.prompt(SUMMARY)
         try:
             if len(timing.gap_s) < TIMED_DOCUMENTS:
-                self._say(f"{document.length:,} tokens, {setting.name}: timing", self._elapsed())
+                self._now(f"{document.length:,} tokens, {setting.name}: timing")
                 alone = setting.probe.time(message, ALONE_TOKENS, 1)[0]
                 timing.again_s.append(alone.ttft_s)
                 timing.gap_s.append(sum(alone.gaps_s) / len(alone.gaps_s))
@@ -234,6 +241,12 @@ class Study:
             if len(scores) >= DROP_FROM and sum(scores) / len(scores) < DROP_BELOW:
                 del self._plans[name]
                 self.findings.dropped.append(name)
+
+    def _now(self, doing: str) -> None:
+        """Before each piece of work: says so, or ends the run when the time is up and there is something to report."""
+        self._say(doing, self._elapsed())
+        if self.findings.results and self._elapsed() > self._total_s:
+            raise TimeUpError
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._started

@@ -22,9 +22,10 @@ class Clock:
 
     def __init__(self, step_s: float) -> None:
         self._ticks: Iterator[float] = (step_s * n for n in itertools.count())
+        self.late_s = 0.0
 
     def monotonic(self) -> float:
-        return next(self._ticks)
+        return next(self._ticks) + self.late_s
 
 
 def places() -> Places:
@@ -127,6 +128,34 @@ def test_cost_is_reading_and_a_share_of_writing(monkeypatch: pytest.MonkeyPatch)
     assert cost.known_s == pytest.approx(1000 * (0.05 + 100 * together / timing.batch))
     assert cost.fresh_s - cost.known_s == pytest.approx(1000 * (0.4 - 0.05))
     assert doubled.cost(full, 4_000).known_s == pytest.approx(2 * cost.known_s)  # type: ignore[union-attr]
+
+
+def test_a_document_that_takes_too_long_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = stub_settings()
+    made, told = study(monkeypatch, settings)
+    original = settings[1].asker.ask
+    calls = iter(range(100))
+
+    def slow(document, cases):  # type: ignore[no-untyped-def]
+        if next(calls) == 5:
+            study_module.time.late_s = 1e4  # type: ignore[attr-defined]
+        return original(document, cases)
+
+    monkeypatch.setattr(settings[1].asker, "ask", slow)
+    findings = made.run()
+    assert told == ["the last document took longer than expected and is left out"]
+    assert len({r.document_id for r in findings.results}) == 5
+    assert {r.arm for r in findings.results} == {setting.name for setting in settings}
+
+
+def test_other_budgets_for_shorter_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked with the budgets of the longest prompts is left out, and the run goes on with the others."""
+    made, _ = study(monkeypatch, stub_settings())
+    made._make_settings = lambda length: stub_settings()[:2]
+    findings = made.run()
+    assert [setting.name for setting in made.settings] == ["Full", "Sparse 512"]
+    assert {r.arm for r in findings.results} == {"Full", "Sparse 512"}
+    assert {name for name, _ in findings.timings} == {"Full", "Sparse 512"}
 
 
 def test_an_interrupt_keeps_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
