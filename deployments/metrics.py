@@ -64,6 +64,7 @@ class ServeInstrument:
         from ray.serve import metrics
 
         tags: Any = spec.tags  # Ray's annotation allows for one tag only
+        self._counts = spec.kind == "counter"
         self._take: Callable[[float, dict[str, str]], None]
         if spec.kind == "histogram":
             self._take = metrics.Histogram(spec.name, spec.description, list(spec.boundaries), tags).observe
@@ -73,8 +74,9 @@ class ServeInstrument:
             self._take = metrics.Counter(spec.name, spec.description, tags).inc
 
     def record(self, value: float, **tags: str) -> None:
-        """Takes one value under these labels."""
-        self._take(value, tags)
+        """Takes one value under these labels. Nothing to add to a counter is no error here, although it is for Ray."""
+        if value or not self._counts:
+            self._take(value, tags)
 
 
 class Metrics:
