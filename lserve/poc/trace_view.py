@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 from .charts import WIDTH
 from .findings import TraceFinding
 
-LABEL, ROW, CELLS = 150, 22, 470
+LABEL, ROW, CELLS = 200, 22, 424
 SHOWN_PAGES = 4
 EXCERPT = 420
 
@@ -116,7 +116,7 @@ def _picture(labels: Sequence[str], shares: Sequence[Sequence[float]], evidence:
     parts = []
     for row, (label, columns) in enumerate(zip(labels, shares, strict=True)):
         y = top + ROW * row
-        text = label if len(label) <= 22 else label[:21] + "…"
+        text = label if len(label) <= 29 else label[:28] + "…"
         parts.append(f'<text x="{LABEL - 10}" y="{y + 14}" text-anchor="end">{escape(text)}</text>')
         parts.append(f'<rect x="{LABEL}" y="{y}" width="{CELLS}" height="{ROW - 4}" fill="#f3f4f6"/>')
         for page, share in enumerate(columns):
