@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -71,9 +72,18 @@ class Host:
 
     @property
     def running(self) -> list[psutil.Process]:
-        """Every process in the namespace."""
+        """Every process on the host."""
         pids = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True).stdout.split()
         return [psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))]
+
+    @property
+    def names(self) -> list[str]:
+        """Their names."""
+        names = []
+        for process in self.running:
+            with suppress(psutil.NoSuchProcess):
+                names.append(process.name())
+        return names
 
     def run(self, *command: str, environment: Mapping[str, str]) -> str:
         """What a command in the namespace prints."""
