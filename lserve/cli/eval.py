@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -77,7 +76,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run(options: argparse.Namespace) -> int:
     """Runs the suite; 0 when all gates held. Raises LServeError."""
-    console, started = _console(), time.monotonic()
+    console = _console()
     gates = [parse_gate(gate) for gate in options.gate]
     tasks = DEFAULT if options.tasks is None else tuple(name.strip() for name in options.tasks.split(","))
     design = Design(options.lengths, layouts(tasks), options.documents, options.questions, options.seed)
@@ -121,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
     if not results:
         raise SettingsError("no document could be read by every arm: nothing was compared")
     summary = summarize(names, results, text_rows)
-    return _finish(options, console, summary, gates, results, identity, time.monotonic() - started)
+    return _finish(options, console, summary, gates, results, identity, state.seconds)
 
 
 def _check(options: argparse.Namespace, gates: Sequence[Gate], console: Console) -> None:

@@ -40,6 +40,9 @@ class Asker(Protocol):
     def cut(self, text: str, num_tokens: int) -> str:
         """The text's first so many tokens, as text."""
 
+    def overhang(self, text: str) -> int:
+        """Tokens at the end of a document that each of its questions would compute anew; 0 where nobody knows."""
+
     def prime(self, document: Document) -> Reply:
         """Reads the document alone, so that its questions find it in the prefix cache; a reply of one token."""
 

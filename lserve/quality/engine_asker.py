@@ -10,6 +10,7 @@ from lserve.engine.config import SparsityConfig
 from lserve.engine.engine import Engine
 from lserve.engine.errors import LServeError
 from lserve.engine.request import AttentionOptions, Request, SamplingParams
+from lserve.engine.residency import last_resume_point
 from lserve.engine.tokenizer import Tokenizer
 
 from .asker import Reply
@@ -64,9 +65,18 @@ class EngineAsker:
 
     def prime(self, document: Document) -> Reply:
         """Reads what all questions about the document share, as a prompt of its own."""
+        return self.answer([self._shared(document)], [1])[0]
+
+    def overhang(self, text: str) -> int:
+        """Tokens at the end of a document that each of its questions would compute anew."""
+        length = len(self._shared(Document("", 0, text, ())))
+        return length - last_resume_point(length)
+
+    def _shared(self, document: Document) -> list[int]:
+        """The tokens that the prompts of all questions about the document begin with."""
         first, second = (self.tokens(document.prompt(question)) for question in ("A", "1"))
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-        return self.answer([first[:shared]], [1])[0]
+        return first[:shared]
 
     def ask(self, document: Document, cases: Sequence[Case]) -> list[Reply]:
         """Asks the questions at once, as many as the engine batches."""

@@ -58,6 +58,10 @@ class HttpAsker:
         answer.raise_for_status()
         return str(answer.json()["prompt"])
 
+    def overhang(self, text: str) -> int:
+        """Unknown: 0."""
+        return 0
+
     def prime(self, document: Document) -> Reply:
         """Reads the document alone, so that its questions find it in the prefix cache."""
         return self._ask(document.text, 1)

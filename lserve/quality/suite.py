@@ -1,8 +1,9 @@
 """Runs documents x askers, so that it can be interrupted and taken up again. No torch."""
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,16 @@ from lserve.engine.errors import SettingsError
 from .asker import Asker
 from .cases import Document, score
 from .registry import TASKS
+from .statistics import share
 from .tasks import build_document
 
 Tell = Callable[[str], None]
+
+COMPARED_FROM = 0.5
+"""Tasks count towards the loss where the baseline scores at least this: below, it is luck that is compared."""
+
+ENOUGH_CASES = 30
+"""After so many cases a task may be given up whose baseline is clearly below that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +73,9 @@ class State:
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
-        self._path, self._done = path, dict[str, Any]()
+        self._path, self._done, self._started = path, dict[str, Any](), time.monotonic()
+        self.seconds = 0.0
+        """What all work has taken so far, that of earlier runs included."""
         if path is None:
             return
         identity = json.loads(json.dumps(identity))
@@ -73,7 +83,9 @@ class State:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
             whole = text[: text.rfind("\n") + 1]  # a run that was killed may have left half a line
             before, *lines = [json.loads(line) for line in whole.splitlines()] or [identity]
-            self._done.update(lines)
+            for key, value, seconds in lines:
+                self._done[key] = value
+                self.seconds += seconds
             if whole != text or not text:
                 path.write_text(whole or json.dumps(identity) + "\n", encoding="utf-8")
         except OSError as error:
@@ -90,11 +102,14 @@ class State:
         return self._done.get(key)
 
     def put(self, key: str, value: Any) -> None:
-        """Keeps what a piece of work gave."""
+        """Keeps what a piece of work gave, and the time since the last one."""
         self._done[key] = value
+        now = time.monotonic()
+        seconds, self._started = round(now - self._started, 3), now
+        self.seconds += seconds
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key, value]) + "\n")
+                file.write(json.dumps([key, value, seconds]) + "\n")
 
 
 def run_suite(
@@ -102,27 +117,33 @@ def run_suite(
 ) -> list[Result]:
     """Asks every case of every asker. done is called after each asker's share of a document, tell gets warnings.
 
-    A document that an asker cannot read (too long, say) is left out for all of them, with a warning.
+    A document that an asker cannot read (too long, say) is left out for all of them, with a warning. The first asker is
+    the baseline: where it clearly finds less than half of a task, after ENOUGH_CASES, that task is not asked further.
     """
     results: list[Result] = []
     for document_id, length, layout, number in design.document_ids():
-        keys = {asker.name: f"{document_id}/{asker.name}" for asker in askers}
-        rows = {name: state.get(key) for name, key in keys.items()}
-        if None in rows.values():
-            plans = [TASKS[task] for task in design.layouts[layout]]
-            place = number * len(design.layouts) + layout, design.documents * len(design.layouts)
-            document = build_document(document_id, length, plans, design.questions, source, place, askers[0])
-            for asker in askers:
-                if rows[asker.name] is None:
-                    rows[asker.name] = _ask(asker, document, tell)
-                    state.put(keys[asker.name], rows[asker.name])
-                done()
-        else:
-            for _ in askers:
-                done()
+        tasks = [task for task in design.layouts[layout] if not _is_hopeless(results, askers[0].name, task, length)]
+        rows: dict[str, Any] = {asker.name: state.get(f"{document_id}/{asker.name}") for asker in askers}
+        document: Document | None = None
+        for asker in askers:
+            if rows[asker.name] is None:
+                if document is None and tasks:
+                    plans = [TASKS[task] for task in design.layouts[layout]]
+                    place = number * len(design.layouts) + layout, design.documents * len(design.layouts)
+                    document = build_document(document_id, length, plans, design.questions, source, place, askers[0])
+                    document = replace(document, cases=tuple(case for case in document.cases if case.task in tasks))
+                rows[asker.name] = [] if document is None else _ask(asker, document, tell)
+                state.put(f"{document_id}/{asker.name}", rows[asker.name])
+            done()
         if all(rows.values()):
             results += [Result(**row) for part in rows.values() for row in part]
     return results
+
+
+def _is_hopeless(results: Sequence[Result], baseline: str, task: str, length: int) -> bool:
+    """Whether the baseline clearly finds less than half: then the task is not compared, and asking on is a waste."""
+    scores = [r.score for r in results if (r.arm, r.task, r.length) == (baseline, task, length)]
+    return len(scores) >= ENOUGH_CASES and share(scores).high < COMPARED_FROM
 
 
 def _ask(asker: Asker, document: Document, tell: Tell) -> list[dict[str, Any]]:

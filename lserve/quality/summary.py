@@ -4,10 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .statistics import Interval, paired_difference, share
-from .suite import Result
-
-POOLED_FROM = 0.5
-"""Tasks count towards the loss where the baseline scores at least this: below, it is luck that is compared."""
+from .suite import COMPARED_FROM, Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +61,7 @@ def summarize(arms: Sequence[str], results: Sequence[Result], text: Sequence[Tex
     for task, length in sorted(cells, key=lambda cell: (cell[1], [c[0] for c in cells].index(cell[0]))):
         of_cell = [r for r in results if (r.task, r.length) == (task, length)]
         recall = tuple(share([r.score for r in of_cell if r.arm == arm]) for arm in arms)
-        rows.append(TaskRow(task, length, len(of_cell) // len(arms), recall, recall[0].value >= POOLED_FROM))
+        rows.append(TaskRow(task, length, len(of_cell) // len(arms), recall, recall[0].value >= COMPARED_FROM))
     pooled = {(row.task, row.length) for row in rows if row.pooled}
     lengths = sorted({row.length for row in rows})
     losses = []

@@ -22,6 +22,9 @@ MAX_QUESTIONS = 12
 RESERVED_TOKENS = 120
 """Room in the length for the chat template, the question and the reply."""
 
+SPARE_TOKENS = 8
+"""How far past a resume point a document may end: cutting text moves its length by a token or two."""
+
 QUOTED, CONTINUED = 8, 4
 """Words of a sentence that are given, and words after them that the reply must have."""
 
@@ -46,6 +49,9 @@ class TextMeasure(Protocol):
 
     def cut(self, text: str, num_tokens: int) -> str:
         """The text's first so many tokens, as text."""
+
+    def overhang(self, text: str) -> int:
+        """Tokens at the end of a document that each of its questions would compute anew; 0 where nobody knows."""
 
 
 def fact(relation: str, value: str) -> str:
@@ -174,9 +180,16 @@ def build_document(
         return [plan(draw, text, questions) for plan in plans]
 
     paragraphs = [paragraph for part in planted() for _, paragraph in part.items]
-    text = measure.cut(text, max(room - measure.count("\n\n".join(paragraphs)), 0))
-    parts = planted()  # the same facts again, now that the text is as short as it will be
-    body = insert(text, [item for part in parts for item in part.items])
+    left = max(room - measure.count("\n\n".join(paragraphs)), 0)
+    whole, body = text, ""
+    for _ in range(2):  # the second time a little shorter, so that prefix caching takes it up at its very end
+        text = measure.cut(whole, left)
+        parts = planted()  # the same facts again, now that the text is as short as it will be
+        body = insert(text, [item for part in parts for item in part.items])
+        overhang = measure.overhang(body)
+        if overhang <= SPARE_TOKENS:
+            break
+        left = max(left - overhang + SPARE_TOKENS // 2, 0)
     return Document(document_id, length, body, tuple(case for part in parts for case in part.cases))
 
 

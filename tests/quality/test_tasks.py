@@ -21,6 +21,9 @@ class Words:
         ends = [match.end() for match in re.finditer(r"\S+", text)]
         return text[: ends[num_tokens - 1]] if 0 < num_tokens <= len(ends) else text if num_tokens else ""
 
+    def overhang(self, text: str) -> int:
+        return 0
+
 
 def document(task: str, questions: int = 10, number: int = 0, length: int = 2500) -> Document:
     return build_document(f"{task}-{number}", length, [TASKS[task]], questions, load_text(), (number, 10), Words())
