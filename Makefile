@@ -1,5 +1,6 @@
 # make serve    install into .venv, start a cluster on this machine, ask the model a question, keep serving
 # make test     install into .venv, run the whole test suite
+# make proofs   what takes minutes or root: clusters over ssh, in network namespaces, autoscaled, redeployed under load
 # make check    formatting, lint and types
 # make check-k8s  checkov over the Kubernetes manifests; keep what it found
 # make kernels  compile every Triton kernel for Hopper; needs no GPU
@@ -16,7 +17,7 @@ CHECKOV_VERSION := 3.3.30
 # The default build of PyTorch for Linux brings several GB of CUDA, which a machine without a GPU cannot use.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: serve test check check-k8s format kernels clean
+.PHONY: serve test proofs check check-k8s format kernels clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -24,6 +25,9 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest $(ARGS)
+
+proofs: $(VENV)/.installed-dev
+	LSERVE_WRITE_PROOFS=1 $(BIN)/pytest -m proof $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
