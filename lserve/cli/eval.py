@@ -29,6 +29,7 @@ from lserve.quality.text import load_text
 from .local_settings import local_settings
 
 if TYPE_CHECKING:
+    from lserve.quality.arms import Arm
     from lserve.quality.engine_asker import EngineAsker
 
 DENSE = ("sparsity.token_budget=null", "sparsity.head_profile=null", "sparsity.prefill_sparse_from=null")
@@ -172,7 +173,16 @@ def _engines(
         raise SettingsError(f"every arm needs its own name, got {', '.join(arm.name for arm in arms)}")
     console.print(f"loading {Path(arms[0].config.model).name} for {', '.join(arm.name for arm in arms)}")
     askers = open_arms(arms, longest)
-    return askers, {arm.name: asdict(arm.config) for arm in arms}
+    return askers, {arm.name: _told(arm, asker) for arm, asker in zip(arms, askers, strict=True)}
+
+
+def _told(arm: "Arm", asker: "EngineAsker") -> dict[str, Any]:
+    """An arm's settings without this machine's paths; the format id tells weights and profiles of one name apart."""
+    settings = asdict(arm.config) | {"format_id": asker.engine.page_format.format_id}
+    settings["model"] = Path(arm.config.model).name
+    if arm.config.sparsity.head_profile is not None:
+        settings["sparsity"]["head_profile"] = Path(arm.config.sparsity.head_profile).name
+    return settings
 
 
 def _endpoints(options: argparse.Namespace) -> tuple[list[Asker], dict[str, Any]]:
