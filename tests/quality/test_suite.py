@@ -40,6 +40,13 @@ def run(askers: list[EngineAsker], state: State | None = None) -> list[Result]:
     return results
 
 
+@pytest.fixture(scope="module")
+def whole(askers: list[EngineAsker], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Result], Path]:
+    """The results of one whole run, and its state file."""
+    path = tmp_path_factory.mktemp("suite") / "state"
+    return run(askers, State(path, {"run": 1})), path
+
+
 def test_arms_share_what_they_can(askers: list[EngineAsker]) -> None:
     dense, sparse, rule, profile = askers
     assert dense.engine is sparse.engine is rule.engine
@@ -47,8 +54,8 @@ def test_arms_share_what_they_can(askers: list[EngineAsker]) -> None:
     assert profile.engine.runner.model is dense.engine.runner.model
 
 
-def test_every_arm_answers_every_case(askers: list[EngineAsker]) -> None:
-    results = run(askers)
+def test_every_arm_answers_every_case(askers: list[EngineAsker], whole: tuple[list[Result], Path]) -> None:
+    results = whole[0]
     cases = {(r.document_id, r.case_id) for r in results}
     assert len(cases) == 2 * (3 + 3 + 3) and len(results) == len(cases) * len(askers)
     assert all(r.error is None and 0 <= r.score <= 1 for r in results)
@@ -78,12 +85,14 @@ def test_only_the_question_is_computed(askers: list[EngineAsker]) -> None:
         assert all(reply.times_s == tuple(sorted(reply.times_s)) and reply.ttft_s > 0 for reply in asked)
 
 
-def test_an_interrupted_run_goes_on_where_it_was(askers: list[EngineAsker], tmp_path: Path) -> None:
-    whole = run(askers, State(tmp_path / "whole", {"run": 1}))
-    lines = (tmp_path / "whole").read_text().splitlines(keepends=True)
+def test_an_interrupted_run_goes_on_where_it_was(
+    askers: list[EngineAsker], whole: tuple[list[Result], Path], tmp_path: Path
+) -> None:
+    results, path = whole
+    lines = path.read_text().splitlines(keepends=True)
     part = tmp_path / "part"
-    part.write_text("".join(lines[:6]) + lines[6][: len(lines[6]) // 2])  # killed while it wrote
-    assert run(askers, State(part, {"run": 1})) == whole
+    part.write_text("".join(lines[:-3]) + lines[-3][: len(lines[-3]) // 2])  # killed while it wrote
+    assert run(askers, State(part, {"run": 1})) == results
     keys = [json.loads(line)[0] for line in part.read_text().splitlines()[1:]]
     assert sorted(keys) == sorted(json.loads(line)[0] for line in lines[1:])
     assert State(part, {"run": 1}).seconds > 0
@@ -106,8 +115,8 @@ def test_a_document_that_is_too_long_is_left_out_for_all(askers: list[EngineAske
     assert len(told) == len(askers) and all("3000 tokens is left out" in text for text in told)
 
 
-def test_the_heat_map_shows_each_arm_by_depth_and_length(askers: list[EngineAsker], tmp_path: Path) -> None:
-    results = run(askers)
+def test_the_heat_map_shows_each_arm_by_depth_and_length(whole: tuple[list[Result], Path], tmp_path: Path) -> None:
+    results = whole[0]
     wanted = heat_map.columns(results, ("words", "people"))
     assert wanted == [("words", 700), ("words", 1500), ("people", 700), ("people", 1500)]
     assert [len(line) for line in heat_map.grid(results, "dense", wanted)] == [4] * heat_map.DEPTH_BINS
