@@ -73,6 +73,27 @@ def test_choices_depend_on_the_seed_alone(client: OpenAI, running: RunningCluste
     running.wait_until_idle()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_trace_leads_to_the_text_that_was_read(client: OpenAI, running: RunningCluster, stream: bool) -> None:
+    """A fact in the middle of 2,300 tokens, of which each head reads 1,024: its page is among them for many heads."""
+    fact = "The phone number of Mr. Lighthouse is 48213. Remember it. 48213 is the phone number of Mr. Lighthouse."
+    text = f"{LICENSE[:5000]}\n\n{fact}\n\n{LICENSE[5000:]}\n\nWhat is the phone number of Mr. Lighthouse?"
+    fields = {"extra_body": {"lserve": {"trace": True}}, "stream": stream}
+    reply = ask(client, running, [{"role": "user", "content": text}], **fields)
+    choice = [chunk for chunk in reply if chunk.choices][-1].choices[0] if stream else reply.choices[0]
+    trace = choice.model_extra["lserve"]["trace"]
+    where = text.index(fact)
+    holding = {i for i, spans in enumerate(trace["pages"]) for _, s, e in spans if s < where + len(fact) and e > where}
+    assert 1 <= len(holding) <= 3
+    made = trace["choices"][0]
+    assert made["token"] == 1 and not made["everything"] and 30 < made["num_pages"] < 60
+    read = dict(made["read"])
+    assert sum(read.values()) == trace["num_heads"] * (1024 // 64 - 1)
+    assert max(read[page] for page in holding) > trace["num_heads"] / 2
+    assert 0.5 < made["mass"]["kept"] <= 1
+    running.wait_until_idle()
+
+
 def test_prefill_goes_through_the_prefill_worker_and_its_pages_through_nixl(
     client: OpenAI, running: RunningCluster
 ) -> None:
