@@ -9,7 +9,7 @@ Heads are ranked by how far the predicted distributions move (Kullback-Leibler d
 by the loss itself: a few hundred tokens rank heads by divergence as thousands do, while the change of the loss is
 mostly noise at any affordable length (on SmolLM2-135M with 30 % of the heads streaming: +0.14 % bits per character
 ranked by divergence, +0.20 % by the change of the layer's output, +0.96 % by the change of the loss, from the same
-texts). And divergences add up: of 27 to 45 heads together, the sum over the heads is within a tenth of the whole.
+texts). And divergences add up: of 27 to 45 heads together, the sum over the heads is within a fifth of the whole.
 """
 
 from collections.abc import Collection, Sequence

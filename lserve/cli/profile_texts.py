@@ -17,7 +17,7 @@ FACT_TOKENS = 36
 """Room that a document leaves for each fact and its question."""
 
 
-NUM_CALIBRATION, NUM_DOCUMENTS = 2, 2
+NUM_CALIBRATION, NUM_DOCUMENTS = 2, 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,7 +141,7 @@ def test_texts_do_not_overlap_and_follow_from_the_seed(tokenizer: Tokenizer) -> 
     assert texts != profile_texts.make_texts(tokenizer, source, "", LENGTH, 2)
     decoded = [tokenizer.decode(text.token_ids) for text in (*texts.calibration, *texts.documents)]
     lines = [set(re.findall(r"Line (\d+) of a long text says something", text)) for text in decoded]
-    assert len(lines) == 4 and all(len(found) > 40 for found in lines)
+    assert len(lines) == 5 and all(len(found) > 40 for found in lines)
     assert all(not mine & theirs for i, mine in enumerate(lines) for theirs in lines[:i])
     assert all(LENGTH * 0.8 < len(document.token_ids) <= LENGTH for document in texts.documents)
 
