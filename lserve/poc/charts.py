@@ -110,9 +110,9 @@ def figure(value: float) -> str:
 
 
 def _axis(top: float, title: str) -> list[str]:
-    parts = []
-    for tick in range(5):
-        value, y = top * tick / 4, TOP + (HEIGHT - TOP - BOTTOM) * (1 - tick / 4)
+    parts, steps = [], 5 if f"{top:e}"[0] in "15" or f"{top:e}".startswith("2.5") else 4
+    for tick in range(steps + 1):
+        value, y = top * tick / steps, TOP + (HEIGHT - TOP - BOTTOM) * (1 - tick / steps)
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#e5e7eb"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:,.4g}</text>')
     middle = TOP + (HEIGHT - TOP - BOTTOM) / 2

@@ -111,12 +111,12 @@ def _because(advice: Advice, chosen: Verdict, sure: bool) -> str:
     if chosen.memory:
         parts.append(f"holds {percent(chosen.memory)} of the memory")
     gains = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
-    more, less = f"{points.value:.1f} points fewer", f"{-points.value:.1f} points more"
+    more, less = f"{points.value:.1f} fewer", f"{-points.value:.1f} more"
     quality = "as many" if points.value == 0 else more if points.value > 0 else less
     end = "" if sure else " More questions would narrow that down: run with more --minutes."
     return (
         f"At {advice.longest:,} tokens {chosen.setting.name} {gains}, compared with {advice.baseline.name}. It gave "
-        f"{quality} right answers per hundred (95 % interval: {points.low:+.1f} to {points.high:+.1f} points lost over "
+        f"{quality} right answers per hundred (95 % interval: {points.low:+.1f} to {points.high:+.1f} lost, over "
         f"{chosen.loss.cases} questions on {chosen.loss.documents} prompts).{end}"
     )
 

@@ -142,13 +142,15 @@ def engine_settings(engines: Engines, budgets: Sequence[int]) -> list[Setting]:
     """Settings of engines in this process, the baseline first."""
     kv_dtype = engines.low.engine.config.cache.kv_dtype
     block, bits = f"cache:\n  kv_dtype: {kv_dtype}\nsparsity:\n  token_budget: ", BITS[kv_dtype]
-    words = "the usual way: every token of the prompt is read for every word of the answer, and kept with 16 bits"
+    words = (
+        "the usual way: every token of the prompt is read for every word of the answer; numbers are kept with 16 bits"
+    )
     settings = [_of_engine("Full", words, engines.full, AttentionOptions(dense=True), "")]
     if kv_dtype != "bf16":
-        words = f"reads everything too, but keeps it with {bits} bits"
+        words = f"reads everything too, but keeps its numbers with {bits} bits"
         settings.append(_of_engine("Compact", words, engines.low, AttentionOptions(dense=True), f"{block}null"))
     for budget in budgets:
-        words = f"reads at most {budget:,} tokens for every word of the answer, those that matter; keeps {bits} bits"
+        words = f"reads at most {budget:,} tokens for every word of the answer, those that matter; {bits} bits"
         options = AttentionOptions(token_budget=budget)
         settings.append(_of_engine(f"Sparse {budget:,}", words, engines.low, options, f"{block}{budget}"))
     for budget in budgets if engines.streaming is not None else ():

@@ -28,6 +28,10 @@ class StubAsker:
         match = re.match(rf"(?:\s*\S+){{0,{num_tokens}}}", text)
         return match[0] if match else ""
 
+    def overhang(self, text: str) -> int:
+        """None: it computes nothing."""
+        return 0
+
     def prime(self, document: Document) -> Reply:
         """At once, or with the error."""
         return Reply("", document.length, 0, (document.length * 1e-4,), 1, self.fails)
