@@ -56,7 +56,17 @@ class RayHosts:
             return
         common = ["--block", "--node-ip-address", host.address, "--object-store-memory", str(128 << 20)]
         if name == "head":
-            head = ["--head", "--port", str(GCS_PORT), "--num-cpus", "1", "--temp-dir", str(self.folder / "ray")]
+            head = [
+                "--head",
+                "--port",
+                str(GCS_PORT),
+                "--num-cpus",
+                "1",
+                "--resources",
+                '{"lserve_router": 1}',
+                "--temp-dir",
+                str(self.folder / "ray"),
+            ]
             dashboard = ["--dashboard-host", host.address, "--dashboard-port", str(DASHBOARD_PORT)]
             self._start(host, str(BIN / "ray"), "start", *head, *dashboard, *common)
             wait_for(lambda: _listens(host.address, DASHBOARD_PORT), 60, "Ray's head")

@@ -9,8 +9,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest import SECRET, free_port
-from running_cluster import RunningCluster, eventually
+from running_cluster import RunningCluster, eventually, free_port
 
 from lserve.cli.demo_model import SERVED_NAME, demo_model
 from lserve.deployments import serve_environment
@@ -47,7 +46,7 @@ def start(num_gpus: float) -> Iterator[RunningCluster]:
     root = str(Path(__file__).parents[2])
     with pytest.MonkeyPatch.context() as environment, EmbeddedValkey() as valkey:
         environment.setenv("PYTHONPATH", root + os.pathsep + os.environ.get("PYTHONPATH", ""))
-        environment.setenv("LSERVE_CLUSTER_SECRET", SECRET)
+        environment.setenv("LSERVE_CLUSTER_SECRET", "a secret of the tests")
         for name, value in serve_environment.SERVE_ENVIRONMENT.items():
             environment.setenv(name, value)
         with RunningCluster.started(settings(valkey.url, num_gpus)) as cluster:
