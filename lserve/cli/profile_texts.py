@@ -13,7 +13,7 @@ from lserve.quality.tasks import single
 from lserve.quality.text import insert
 
 MAX_FACTS = 12
-FACT_TOKENS = 36
+FACT_TOKENS = 48
 """Room that a document leaves for each fact and its question."""
 
 
