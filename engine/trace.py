@@ -87,8 +87,9 @@ class TraceRecorder:
                 sampled.mass[layer] = self._true_mass(view, query[sampled.index], sampled)
 
     def finish(self) -> dict[Sequence, PageChoice]:
-        """After the step: what was chosen."""
-        return {sampled.sequence: self._choice(sampled) for sampled in self._sampled}
+        """After the step: what was chosen. Nothing after a step that decoded nobody."""
+        done, self._sampled = self._sampled, []
+        return {sampled.sequence: self._choice(sampled) for sampled in done}
 
     def _true_mass(self, view: LayerView, query: torch.Tensor, sampled: _Sampled) -> torch.Tensor:
         """Attention of one token [Hq, D] per page, the own page last: float32 [retrieval heads, pages + 1]."""

@@ -153,7 +153,7 @@ def engine_settings(engines: Engines, budgets: Sequence[int]) -> list[Setting]:
         words = f"reads at most {budget:,} tokens for every word of the answer, those that matter; {bits} bits"
         options = AttentionOptions(token_budget=budget)
         settings.append(_of_engine(f"Sparse {budget:,}", words, engines.low, options, f"{block}{budget}"))
-    for budget in budgets if engines.streaming is not None else ():
+    for budget in budgets[:1] if engines.streaming is not None else ():
         assert engines.streaming is not None
         words = f"as Sparse {budget:,}; and the heads that need no history, as the head profile says, keep none"
         lines = f"{block}{budget}\n  head_profile: {engines.profile}"

@@ -111,3 +111,13 @@ def test_a_model_that_only_streams_has_nothing_to_trace(tiny: tuple[Model, Any])
     asked = request(tokens(400), 4, attention=TRACED)
     choices, heard = traced(fresh(tiny, streaming=((True, True),) * 3, sparsity=SPARSE), [asked])
     assert choices == {asked.request_id: []} and heard == []
+
+
+def test_the_next_request_does_not_inherit_a_trace(tiny: tuple[Model, Any]) -> None:
+    """A step that only prefills comes after the traced request's last one, whose row is given back by then."""
+    engine = fresh(tiny, sparsity=SPARSE)
+    asked, other = request(tokens(700), 2, attention=TRACED), request(tokens(650), 4)
+    choices, _ = traced(engine, [asked])
+    assert len(choices[asked.request_id]) == 1
+    later, heard = traced(engine, [other])
+    assert later == {other.request_id: []} and heard == []
