@@ -88,6 +88,8 @@ class EngineLoop:
                         break
                 for command, future in commands:
                     self._execute(command, future)
+                if outputs := self._engine.take_outputs():
+                    self._dispatch(StepResult(outputs))
                 if self._engine.has_work:
                     result = self._engine.step()
                     if self._after_step is not None:

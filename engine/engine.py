@@ -188,10 +188,16 @@ class Engine:
         self._publisher.keep(sequence, sequence.num_prefill)
         self._start_choices(sequence, first_tokens)
 
+    def take_outputs(self) -> list[Output]:
+        """Output that is there already, such as first tokens that came with `begin_decode`: it need not wait for a
+        step.
+        """
+        outputs, self._pending = self._pending, []
+        return outputs
+
     def step(self) -> StepResult:
         """Schedules, runs and postprocesses one step."""
-        result, started = StepResult(outputs=self._pending), time.monotonic()
-        self._pending = []
+        result, started = StepResult(outputs=self.take_outputs()), time.monotonic()
         self._expire(result)
         plan = self.scheduler.schedule()
         for sequence in plan.swapped_in:
@@ -216,8 +222,7 @@ class Engine:
             drawn = self._draw(logits, rows)
             self._after_decode(plan.decode, drawn[: len(plan.decode)], self.trace.finish())
             self._after_prefill(plan.prefill, drawn[len(plan.decode) :], result)
-        result.outputs += self._pending
-        self._pending = []
+        result.outputs += self.take_outputs()
         result.seconds = time.monotonic() - started
         return result
 

@@ -16,10 +16,16 @@ from lserve.engine.results import Reservation, StepResult
 
 
 class StubEngine:
-    """Gives the results that a test puts in, one per step; steps while `busy` is set or results are left."""
+    """Gives the results that a test puts in, one per step; steps while `busy` is set or results are left.
+
+    ready: output that is there without a step. stepped: what a step waits for.
+    """
 
     def __init__(self) -> None:
         self.results: list[StepResult | Exception] = []
+        self.ready: list[Output] = []
+        self.stepped = threading.Event()
+        self.stepped.set()
         self.busy = False
         self.num_steps = 0
         self.threads: set[str] = set()
@@ -31,8 +37,14 @@ class StubEngine:
         """Whether to step."""
         return self.busy or bool(self.results)
 
+    def take_outputs(self) -> list[Output]:
+        """What is ready."""
+        ready, self.ready = self.ready, []
+        return ready
+
     def step(self) -> StepResult:
         """The next result."""
+        self.stepped.wait()
         self.num_steps += 1
         self.threads.add(threading.current_thread().name)
         result = self.results.pop(0) if self.results else StepResult()
@@ -70,6 +82,21 @@ async def test_commands_run_on_the_engines_thread(stub: tuple[StubEngine, Engine
     _, loop = stub
     name = await loop.call(lambda _: threading.current_thread().name)
     assert name == "engine" != threading.current_thread().name
+
+
+async def test_output_of_a_command_does_not_wait_for_a_step(stub: tuple[StubEngine, EngineLoop]) -> None:
+    engine, loop = stub
+    subscription = loop.subscribe("a")
+    engine.stepped.clear()
+
+    def begin(_: Engine) -> None:
+        engine.ready.append(token("a", 1))
+        engine.results.append(step_with(token("a", 2)))
+
+    await loop.call(begin)
+    assert await asyncio.wait_for(subscription.next(), 5) == [token("a", 1)]
+    engine.stepped.set()
+    assert await asyncio.wait_for(subscription.next(), 5) == [token("a", 2)]
 
 
 async def test_a_commands_error_is_the_callers(stub: tuple[StubEngine, EngineLoop]) -> None:
