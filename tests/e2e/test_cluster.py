@@ -76,7 +76,8 @@ def test_choices_depend_on_the_seed_alone(client: OpenAI, running: RunningCluste
 def test_a_trace_leads_to_the_text_that_was_read(client: OpenAI, running: RunningCluster, stream: bool) -> None:
     """A fact in the middle of 2,300 tokens, of which each head reads 1,024: its page is among them for many heads."""
     fact = "The phone number of Mr. Lighthouse is 48213. Remember it. 48213 is the phone number of Mr. Lighthouse."
-    text = f"This is a licence.\n\n{LICENSE[:5000]}\n\n{fact}\n\n{LICENSE[5000:]}\n\nWhat is the phone number of Mr. Lighthouse?"
+    licence = f"This is a licence.\n\n{LICENSE[:5000]}\n\n{fact}\n\n{LICENSE[5000:]}"
+    text = f"{licence}\n\nWhat is the phone number of Mr. Lighthouse?"
     fields = {"extra_body": {"lserve": {"trace": True}}, "stream": stream}
     reply = ask(client, running, [{"role": "user", "content": text}], **fields)
     choice = [chunk for chunk in reply if chunk.choices][-1].choices[0] if stream else reply.choices[0]
