@@ -14,8 +14,8 @@ from .demo_model import SERVED_NAME, demo_model
 DEMO_PROFILE = Path(__file__).parent / "demo_heads.json"
 """The demo model's head profile, as `lserve profile` wrote it."""
 
-# Low-bit pages, selection from 1,024 tokens on, and a handoff even for short prompts: the whole path, on two cores. A chunk
-# takes half a second there: a step in progress is not broken off when its client leaves.
+# Low-bit pages, selection from 1,024 tokens on, and a handoff even for short prompts: the whole path, on two cores. A
+# chunk takes half a second there: a step in progress is not broken off when its client leaves.
 DEMO: dict[str, Any] = {
     "cache": {"kv_dtype": "int4", "retrieval_pool_bytes": 512 << 20},  # nine requests of full length
     "sparsity": {"token_budget": 1024},
