@@ -31,6 +31,9 @@ _ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",  # so that no other user of this machine can run code through it
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # not 15, behind whatever else runs on this machine
+    # Threads that wait for each other spin for some 50 us, not for milliseconds: with both workers busy on the same
+    # cores a decode step is 5 times as fast, and with one of them as fast as before.
+    "GOMP_SPINCOUNT": "10000",
     "UCX_NET_DEVICES": "lo",  # NIXL's connections between the workers
 }
 

@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> int:
 
 def how_to_go_on(model: str, url: str) -> str:
     """What to type next: one curl line and four lines of Python."""
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
+    messages = json.dumps([{"role": "user", "content": "Hello!"}])
+    body = f'{{"model": "{model}", "max_tokens": 64, "messages": {messages}}}'
     return f"""
 {model} is served at {url}/v1 until Ctrl-C.
 
@@ -73,7 +74,7 @@ With curl:
 With Python:
   from openai import OpenAI
   client = OpenAI(base_url="{url}/v1", api_key="none")
-  answer = client.chat.completions.create(model="{model}", messages=[{{"role": "user", "content": "Hello!"}}])
+  answer = client.chat.completions.create(model="{model}", max_tokens=64, messages={messages})
   print(answer.choices[0].message.content)
 """
 
