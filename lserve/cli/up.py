@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
 def how_to_go_on(model: str, url: str) -> str:
     """What to type next: one curl line and four lines of Python."""
     messages = json.dumps([{"role": "user", "content": "Hello!"}])
-    body = f'{{"model": "{model}", "max_tokens": 64, "messages": {messages}}}'
+    body = f'{{"model": {json.dumps(model)}, "max_tokens": 64, "messages": {messages}}}'
     return f"""
 {model} is served at {url}/v1 until Ctrl-C.
 
