@@ -12,7 +12,7 @@ from lserve.engine.weights import read_config
 from .demo_model import SERVED_NAME, demo_model
 
 DEMO_PROFILE = Path(__file__).parent / "demo_heads.json"
-"""The demo model's head profile, as `lserve profile` wrote it."""
+"""The demo model's head profile; its evidence says how the heads were scored and chosen."""
 
 # Low-bit pages, selection from 1,024 tokens on, and a handoff even for short prompts: the whole path, on two cores. A
 # chunk takes half a second there: a step in progress is not broken off when its client leaves.
