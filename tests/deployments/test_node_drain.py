@@ -1,17 +1,13 @@
 """A node leaves a Ray cluster of three while requests stream: real Ray, real Serve, stub workers."""
 
 import json
-import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
-
-from lserve.deployments import serve_environment
+from stub_application import deploy, prepare
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,38 +21,21 @@ NUM_STREAMS = 4
 @pytest.fixture
 def url() -> Iterator[str]:
     """Two nodes that may hold the one worker, and a head that holds proxy and router."""
-    root = Path(__file__).parents[2]
-    paths = [str(root), str(root / "tests" / "deployments")]
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    prepare()
     import ray
-    from fake_pool import ByteTokenizer
     from ray import serve
     from ray.cluster_utils import Cluster
-    from stub_worker import StubWorker
 
-    from lserve.deployments.app import bind_router, worker
-    from lserve.deployments.settings import load_settings
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = load_settings(
-        {
-            "model": {"path": "stub", "served_name": "stub"},
-            "decode": {"replicas": 1, "num_cpus": 0, "resources": {"lserve_decode": 1}},
-            "router": {"replicas": 1, "resources": {"head": 1}},
-        }
-    )
-    serve_environment.apply()
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "resources": {"head": 1}, "include_dashboard": True}
     )
     for _ in range(2):
         cluster.add_node(num_cpus=1, resources={"lserve_decode": 1})
     ray.init(address=cluster.address, log_to_driver=False)
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-    serve.run(bind_router(settings, worker(StubWorker, settings.decode).bind(0.02), ByteTokenizer()), name="stub")
-    yield f"http://127.0.0.1:{port}"
+    yield deploy(
+        decode={"replicas": 1, "num_cpus": 0, "resources": {"lserve_decode": 1}},
+        router={"replicas": 1, "resources": {"head": 1}},
+    )
     serve.shutdown()
     ray.shutdown()
     cluster.shutdown()

@@ -3,17 +3,14 @@
 import json
 import os
 import signal
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-
-from lserve.deployments import serve_environment
+from running_cluster import eventually
+from stub_application import deploy, prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own, on import
 
@@ -24,28 +21,12 @@ CHAT = {"model": "stub", "messages": [{"role": "user", "content": "hi"}]}
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """Two stub workers that write a letter every 20 ms."""
-    root = Path(__file__).parents[2]
-    paths = [str(root), str(root / "tests" / "deployments")]
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    prepare()
     import ray
-    from fake_pool import ByteTokenizer
     from ray import serve
-    from stub_worker import StubWorker
 
-    from lserve.deployments.app import bind_router, worker
-    from lserve.deployments.settings import load_settings
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = load_settings(
-        {"model": {"path": "stub", "served_name": "stub"}, "decode": {"replicas": 2, "num_cpus": 0}}
-    )
-    serve_environment.apply()
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-    serve.run(bind_router(settings, worker(StubWorker, settings.decode).bind(0.02), ByteTokenizer()), name="stub")
-    yield f"http://127.0.0.1:{port}"
+    yield deploy(decode={"replicas": 2, "num_cpus": 0})
     serve.shutdown()
     ray.shutdown()
 
@@ -61,13 +42,6 @@ def ask_workers(method: str) -> list[Any]:
 def running() -> list[int]:
     """How many requests each live worker has."""
     return [load.running for load in ask_workers("load")]
-
-
-def eventually(condition: Callable[[], bool], within_s: float) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.02)
 
 
 def test_health_models_and_answers(url: str) -> None:
