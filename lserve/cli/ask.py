@@ -1,6 +1,5 @@
 """Asks a running server one question over HTTP, as any client would, and measures the answer."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 import httpx
 
 from lserve.engine.errors import LServeError
+from lserve.quality.http_asker import streamed
 
 ANSWER_TIMEOUT_S = 300.0
 
@@ -61,11 +61,7 @@ def ask(
                 raise LServeError(
                     f"{url} answered {response.status_code}: {response.read().decode(errors='replace')[:300]}"
                 )
-            for line in response.iter_lines():
-                event = line.removeprefix("data: ")
-                if event == line or event == "[DONE]":
-                    continue
-                chunk = json.loads(event)
+            for chunk in streamed(response):
                 if "error" in chunk:
                     raise LServeError(f"{url} broke off: {chunk['error'].get('message')}")
                 piece = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +15,14 @@ from .cases import Case, Document
 
 CHARACTERS_PER_TOKEN = 3.5
 """Of English, roughly: for endpoints that cannot be asked to tokenize."""
+
+
+def streamed(answer: httpx.Response) -> Iterator[dict[str, Any]]:
+    """The server-sent events of a streamed completion, to its end. Raises httpx.HTTPError, or ValueError on no JSON."""
+    for line in answer.iter_lines():
+        event = line.removeprefix("data: ")
+        if event != line and event != "[DONE]":
+            yield json.loads(event)
 
 
 class HttpAsker:
@@ -113,11 +121,7 @@ class HttpAsker:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
                 if answer.status_code != 200:
                     return Reply("", error=_reason(answer))
-                for line in answer.iter_lines():
-                    event = line.removeprefix("data: ")
-                    if event == line or event == "[DONE]":
-                        continue
-                    chunk = json.loads(event)
+                for chunk in streamed(answer):
                     if "error" in chunk:
                         return Reply(text, error=str(chunk["error"].get("message")))
                     piece = "".join(choice["delta"].get("content") or "" for choice in chunk.get("choices", ()))
