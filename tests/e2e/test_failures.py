@@ -45,7 +45,14 @@ class LostAfter:
 
 async def test_a_lost_prefill_worker_is_replaced_by_another(tiny_model: Path, right: list[int]) -> None:
     async with cluster(tiny_model, prefills=2) as pair:
-        pair.pool.on_chunk = LostAfter(2, times=1)
+        lost, pulls = LostAfter(2, times=1), pair.decode._worker.metrics.kv_transfer
+
+        async def lost_once_pages_are_here(chunk: ChunkReady) -> None:
+            while chunk.start >= 512 and not sum(pulls.count.values()):  # type: ignore[attr-defined]
+                await asyncio.sleep(0.01)
+            lost(chunk)
+
+        pair.pool.on_chunk = lost_once_pages_are_here
         assert (await pair.answer(again(ASKED))).token_ids == right
         (first, _), (second, retry) = pair.pool.calls
         assert first != second

@@ -15,7 +15,8 @@ LICENSE = (Path(__file__).parents[2] / "LICENSE").read_text()
 @pytest.mark.slow
 def test_a_cluster_that_is_shut_down_finishes_what_it_began(running: RunningCluster) -> None:
     text = f"{LICENSE[3000:10_000]}\n\nWhat kind of text is this?"
-    body = {"model": running.model, "messages": [{"role": "user", "content": text}], "max_tokens": 24}
+    messages = [{"role": "user", "content": text}]
+    body = {"model": running.model, "messages": messages, "max_tokens": 24, "ignore_eos": True}
     replies: list[Any] = []
 
     def ask() -> None:

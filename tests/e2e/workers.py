@@ -26,8 +26,8 @@ _numbers = itertools.count()
 class LocalPool:
     """Prefill workers in this process. Tests set the hooks, which run before or in place of a call.
 
-    calls: what was asked of whom. on_chunk: may raise, in place of a chunk's arrival. on_release: may wait or raise.
-    extends: whether calls that extend a lease arrive.
+    calls: what was asked of whom. on_chunk: may wait or raise, before or in place of a chunk. extends: whether calls
+    that extend a lease arrive.
     """
 
     def __init__(self, workers: list[PrefillWorker]) -> None:
@@ -43,7 +43,9 @@ class LocalPool:
         async with aclosing(worker.prefill(message)) as stream:  # type: ignore[type-var]
             async for item in stream:
                 if isinstance(item, ChunkReady):
-                    self.on_chunk(item)
+                    waits = self.on_chunk(item)
+                    if waits is not None:
+                        await waits
                 yield item
 
     async def release(self, call: LeaseCall) -> list[str]:
