@@ -165,15 +165,18 @@ def token_ids(value: object) -> tuple[int, ...]:
 
 
 def fingerprint(path_or_id: str) -> str:
-    """SHA-256 (hex) over the contents of a checkpoint's config and weights: equal wherever the same files lie.
+    """SHA-256 (hex) over the contents of a checkpoint's config and weights: equal wherever the same files lie, and
+    whichever version of transformers saved them.
 
     Large files are hashed once: the result is kept under `cache_folder()` by path, size and modification time.
     """
     path = locate(path_or_id)
     if is_gguf(path):
         return file_digest(path)
-    total = hashlib.sha256()
-    for file in [path / "config.json", *weight_files(path)]:
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config.pop("transformers_version", None)
+    total = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in weight_files(path):
         total.update(f"{file.name}:{file_digest(file)}\n".encode())
     return total.hexdigest()
 

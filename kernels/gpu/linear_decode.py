@@ -49,6 +49,21 @@ def _column_factors(columns, num_columns, w_scale_ptr, bias_ptr, BIAS: tl.conste
 
 
 @triton.jit
+def _sum_slots(acc):
+    """The slots' sums [SLOTS, BLOCK_N, BLOCK_M] added up: [BLOCK_N, BLOCK_M].
+
+    Halves are split off, which moves all slots of a value into one thread first. `tl.sum` over warps would leave them
+    where they are and go through shared memory value by value, which takes longer than some of the matrices.
+    """
+    parts = tl.permute(acc, (1, 2, 0))
+    for _ in tl.static_range(16):
+        if parts.shape[2] > 1:
+            first, second = tl.split(tl.reshape(parts, (parts.shape[0], parts.shape[1], parts.shape[2] // 2, 2)))
+            parts = first + second
+    return tl.reshape(parts, (parts.shape[0], parts.shape[1]))
+
+
+@triton.jit
 def _finish(total, tokens, columns, num_tokens, num_columns, x_scale, w_scale, bias, out_ptr, BIAS: tl.constexpr):
     """Scales, bias and store of a tile's sums [BLOCK_N, BLOCK_M]."""
     out = total.to(tl.float32) * x_scale[None, :] * w_scale[:, None]
@@ -162,7 +177,7 @@ def w4a8_decode_kernel(
         acc += ((levels << 16) >> 24)[:, :, None] * sums_low[:, None, :]
         acc += (levels >> 24)[:, :, None] * sums_high[:, None, :]
     x_scale = tl.load(x_scale_ptr + tokens, mask=present, other=0.0)
-    total = tl.sum(acc, axis=0)
+    total = _sum_slots(acc)
     _finish(total, tokens, columns, num_tokens, num_columns, x_scale, w_scale, bias, out_ptr, BIAS)
 
 
@@ -197,5 +212,5 @@ def w8a8_decode_kernel(
         x = tl.load(x_rows + (channels + waited)[:, None, None], mask=x_inside, other=0.0)
         acc = tl.dot(codes, x, acc=acc, out_dtype=SUM)
     x_scale = tl.load(x_scale_ptr + tokens, mask=present, other=0.0)
-    total = tl.sum(acc, axis=0)
+    total = _sum_slots(acc)
     _finish(total, tokens, columns, num_tokens, num_columns, x_scale, w_scale, bias, out_ptr, BIAS)

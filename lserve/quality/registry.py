@@ -36,13 +36,16 @@ TASKS: dict[str, Plan] = {
 }
 
 LAYOUTS = (
-    ("numbers", "multi-key words", "quote"),
-    ("words", "multi-key numbers", "common words"),
-    ("names", "people", "frequent words"),
-    ("pairs", "multi-value", "variable tracking"),
+    ("numbers", "quote"),
+    ("words",),
+    ("names",),
+    ("pairs",),
+    ("multi-key words", "people", "variable tracking"),
+    ("multi-key numbers", "multi-value"),
+    ("common words", "frequent words"),
     ("single",),
 )
-"""Tasks that share documents: no two that ask alike."""
+"""Tasks that share documents. Needles stand alone: among lists of common words SmolLM2 finds 3 of 10, without them 7."""
 
 DEFAULT = tuple(task for task in TASKS if task != "single")
 """Everything once: `single` asks what numbers, words and names ask."""

@@ -20,7 +20,7 @@ Tell = Callable[[str], None]
 COMPARED_FROM = 0.5
 """Tasks count towards the loss where the baseline scores at least this: below, it is luck that is compared."""
 
-ENOUGH_CASES = 30
+ENOUGH_CASES = 10
 """After so many cases a task may be given up whose baseline is clearly below that."""
 
 

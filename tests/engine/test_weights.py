@@ -204,6 +204,9 @@ def test_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "two" / "model.safetensors")
     assert fingerprint(str(tmp_path / "two")) != first
     config = tmp_path / "one" / "config.json"
+    saved_by = json.loads(config.read_text()) | {"transformers_version": "4.0.0"}
+    config.write_text(json.dumps(saved_by))
+    assert fingerprint(str(tmp_path / "one")) == first
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 2e-06'))
     assert fingerprint(str(tmp_path / "one")) != first
 
