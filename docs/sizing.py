@@ -4,7 +4,7 @@ python docs/sizing.py            prints the tables
 python docs/sizing.py --write    puts them into docs/operations.md
 
 Weights are counted from the model's shape: exact for `native`, and for `w4a8` 4 bits plus a scale and a zero point per
-group of 128, embeddings in 16 bits.
+group of 128, the first and the last layer in 8 bits as calibration leaves them, embeddings in 16 bits.
 """
 
 import sys
@@ -60,9 +60,11 @@ ROWS = (
 def weight_bytes(config: ModelConfig, weights: Weights) -> int:
     """Bytes of the weights on the GPU."""
     attention = config.hidden_size * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
-    linear = config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+    layer = attention + 3 * config.hidden_size * config.intermediate_size
     embeddings = 2 * config.vocab_size * config.hidden_size
-    return int(linear * (2 if weights == "native" else W4A8_BYTES) + 2 * embeddings)
+    if weights == "native":
+        return config.num_layers * layer * 2 + 2 * embeddings
+    return int(layer * ((config.num_layers - 2) * W4A8_BYTES + 2)) + 2 * embeddings
 
 
 def page_format(row: Row, streaming_heads: bool) -> PageFormat:

@@ -45,7 +45,7 @@ LAYOUTS = (
     ("common words", "frequent words"),
     ("single",),
 )
-"""Tasks that share documents. Needles stand alone: among lists of common words SmolLM2 finds 3 of 10, without them 7."""
+"""Tasks that share documents. Needles stand alone: among lists of words SmolLM2 finds 3 of 10, without them 7."""
 
 DEFAULT = tuple(task for task in TASKS if task != "single")
 """Everything once: `single` asks what numbers, words and names ask."""
