@@ -61,7 +61,11 @@ def decode_tiles(num_tokens: int, num_columns: int, num_channels: int, dtype: to
     if dtype != torch.uint8:
         if wide:
             return DecodeTiles(block_m, 16, 4, 4, 4) if block_m < 16 else DecodeTiles(block_m, 32, 4, 4, 3)
-        return DecodeTiles(block_m, 32, 8, 4, 4) if block_m < 32 else DecodeTiles(block_m, 32, 4, 4, 3)
+        if block_m > 16:
+            return DecodeTiles(block_m, 32, 4, 4, 3)
+        if num_columns > num_channels:
+            return DecodeTiles(block_m, 16, 8, 8, 3) if block_m > 8 else DecodeTiles(block_m, 16, 8, 4, 4)
+        return DecodeTiles(block_m, 32, 8, 4, 4)
     if wide and block_m > 32:
         return DecodeTiles(64, 64, 1, 4, 3)
     if wide and block_m > 8:
@@ -73,8 +77,8 @@ def decode_tiles(num_tokens: int, num_columns: int, num_channels: int, dtype: to
     if tall:
         return DecodeTiles(block_m, 32, 8, 4, 3, 8) if block_m > 8 else DecodeTiles(block_m, 32, 4, 4, 4, 8)
     if num_columns > num_channels:
-        return DecodeTiles(block_m, 32, 4, 4, 3) if block_m > 8 else DecodeTiles(block_m, 16, 8, 4, 3)
-    return DecodeTiles(block_m, 16, 8, 4, 3) if block_m > 8 else DecodeTiles(block_m, 32, 8, 4, 4, 8)
+        return DecodeTiles(block_m, 32, 8, 4, 2) if block_m > 8 else DecodeTiles(block_m, 16, 8, 4, 3)
+    return DecodeTiles(block_m, 32, 8, 8, 3, 8) if block_m > 8 else DecodeTiles(block_m, 32, 8, 4, 4, 8)
 
 
 def prefill_tiles(num_tokens: int) -> PrefillTiles:
