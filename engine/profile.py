@@ -27,7 +27,7 @@ RECOMPUTED = 384
 NUM_POSITIONS = 256
 """How many of them heads are measured on: 128 rank the heads nearly as well."""
 
-ANSWER_ALLOWANCE = 0.1
+ANSWER_ALLOWANCE = 0.02
 """Divergence per answer token, in nats, that counts as all that is allowed."""
 
 
@@ -195,8 +195,8 @@ def rank(costs: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
 
 
 def streaming_heads(
-    ranking: Sequence[tuple[int, int]], count: int, num_layers: int, num_kv_heads: int
+    heads: Sequence[tuple[int, int]], num_layers: int, num_kv_heads: int
 ) -> tuple[tuple[bool, ...], ...]:
-    """The first `count` of a ranking as a head profile has them."""
-    chosen = set(ranking[:count])
+    """These (layer, KV head) as a head profile has them."""
+    chosen = set(heads)
     return tuple(tuple((layer, head) in chosen for head in range(num_kv_heads)) for layer in range(num_layers))

@@ -17,6 +17,9 @@ from .profile_texts import ProfileTexts
 
 OPTIMIZER_STEPS = 40
 
+SECOND_CHANCES = 8
+"""Heads further down the ranking that are tried one by one, once the next one fails: costs add up only nearly."""
+
 TOO_MUCH = 0.25
 """Cost past which a head is a retrieval head for certain: it alone would use up a quarter of what is allowed."""
 
@@ -74,15 +77,20 @@ class Search:
         if optimize:
             gates = self._optimize(scores[ranking[guess - 1][0]][ranking[guess - 1][1]])
             ranking = sorted(ranking, key=lambda at: gates[at[0]][at[1]])  # equal gates stay in order of their scores
-        measured = {0: self._try(ranking, 0)}
+        measured = {0: self._try([])}
 
         def passes(count: int) -> bool:
-            measured[count] = self._try(ranking, count)
+            measured[count] = self._try(ranking[:count])
             return within(measured[count], self._max_loss)
 
         count = largest_passing(len(ranking), guess, passes)
-        in_order = tuple(measured[number] for number in sorted(measured))
-        return Found(measures, scores, gates, in_order, measured[count], streaming_heads(ranking, count, *self._shape))
+        chosen, best, tried = ranking[:count], measured[count], list(measured.values())
+        for head in ranking[count + 1 : count + 1 + SECOND_CHANCES]:
+            tried.append(self._try([*chosen, head]))
+            if within(tried[-1], self._max_loss):
+                chosen, best = [*chosen, head], tried[-1]
+        in_order = tuple(sorted(tried, key=lambda measurement: measurement.num_streaming))
+        return Found(measures, scores, gates, in_order, best, streaming_heads(chosen, *self._shape))
 
     def _measure_heads(self) -> float:
         """Fills the state's measures; returns the dense loss of the texts."""
@@ -123,12 +131,12 @@ class Search:
         assert self._state.gates is not None
         return tuple(map(tuple, self._state.gates))
 
-    def _try(self, ranking: Sequence[tuple[int, int]], count: int) -> Measurement:
-        """The gate's measurement of the first `count` heads streaming."""
-        streaming = streaming_heads(ranking, count, *self._shape)
+    def _try(self, heads: Sequence[tuple[int, int]]) -> Measurement:
+        """The gate's measurement of these heads streaming."""
+        streaming = streaming_heads(heads, *self._shape)
         digest = HeadProfile("", self._reach.sink_size, self._reach.local_window, streaming).digest
         if digest not in self._state.measured:
-            bar = self._progress.add_task(f"trying {count} streaming heads", total=1)
+            bar = self._progress.add_task(f"trying {len(heads)} streaming heads", total=1)
             if self._gate is None:
                 self._gate = Gate(self._model, self._texts.documents, self._reach)
             self._state.add_measurement(digest, self._gate.measure(streaming))
