@@ -16,6 +16,7 @@ def served_router(core: RouterCore) -> Iterator[str]:
     """The URL, while the block runs."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
+    listening.listen()  # a client that is faster than the server waits
     server = uvicorn.Server(uvicorn.Config(Api(core).app(), log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
