@@ -135,7 +135,11 @@ class Handoff:
         async with self._extending(lease):
             with tracing.stage("transfer", self._request.traceparent, num_pages=len(reads), source=peer.worker_id):
                 stats = await worker.transfer.read(peer.peer.agent_name, reads, worker.settings.prefill.timeout_s)
-        state = await self._release(lease)
+        try:
+            state = await self._release(lease)
+        except WorkerLostError:
+            self._leases.discard(lease)  # it runs out by itself: `settle` does not wait for the same answer again
+            raise
         self._leases.discard(lease)
         if state != "held":
             raise LeaseLostError(f"the lease on tokens {chunk.start} to {chunk.end} was gone after the pull")

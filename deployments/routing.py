@@ -1,11 +1,25 @@
 """Sends a call to the replica that the caller names. Serve's own routers know queue lengths, not pages or prefixes."""
 
-from collections.abc import Sequence
+import contextvars
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 from ray import serve
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from .messages import LeaseCall, PrefillRequest, PrefixHint
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def call_apart(remote: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Calls a handle's `remote` outside of the request that is being answered.
+
+    Serve gives all calls that are made within a request one id, by which AddressedRouter's base class finds who gets a
+    replica: of two that wait at once, one would wait for ever.
+    """
+    return contextvars.Context().run(remote, *args, **kwargs)
 
 
 def own_worker_id() -> str:

@@ -16,6 +16,7 @@ from lserve.engine.request import Output, Request
 from .choices import DecodeChoice
 from .load_poll import LoadPoll
 from .messages import PrefixHint, WorkerInfo, WorkerLoad
+from .routing import call_apart
 from .serve_errors import SERVE_ERRORS, translated
 
 INFO_TIMEOUT_S = 10.0
@@ -37,7 +38,7 @@ class ServePool:
     async def generate(self, request: Request, hint: PrefixHint) -> AsyncGenerator[list[Output], None]:
         """Outputs of the request from the least loaded worker, until it is done or the generator is closed."""
         num_pages = len(request.input_token_ids) // PAGE_SIZE + request.sampling.n
-        call = self._stream.remote(request, replace(hint, prefer=self._choice.rank(num_pages)))
+        call = call_apart(self._stream.remote, request, replace(hint, prefer=self._choice.rank(num_pages)))
         response = cast("DeploymentResponseGenerator[list[Output]]", call)
         finished = False
         try:
@@ -55,7 +56,7 @@ class ServePool:
         """Of any worker, asked once."""
         if self._info is None:
             try:
-                info: WorkerInfo = await asyncio.wait_for(self._handle.info.remote(), INFO_TIMEOUT_S)
+                info: WorkerInfo = await asyncio.wait_for(call_apart(self._handle.info.remote), INFO_TIMEOUT_S)
             except TimeoutError:
                 raise WorkerLostError("no decode worker answers") from None
             except (RayError, DeploymentUnavailableError) as error:

@@ -11,6 +11,7 @@ from lserve.engine.errors import WorkerLostError
 from .choices import PrefillChoice
 from .load_poll import LoadPoll
 from .messages import ChunkReady, LeaseCall, PrefillLoad, PrefillRequest, PrefillStarted
+from .routing import call_apart
 from .serve_errors import SERVE_ERRORS, translated
 
 
@@ -32,7 +33,7 @@ class ServePrefillPool:
         length, have = len(message.request.input_token_ids), message.have_tokens
         cached = max(message.known_tokens - have, 0) if message.prefer else 0
         ranked = self._choice.rank(length - have, cached, message.prefer, message.start)
-        call = self._stream.remote(replace(message, prefer=ranked))
+        call = call_apart(self._stream.remote, replace(message, prefer=ranked))
         response = cast("DeploymentResponseGenerator[PrefillStarted | ChunkReady]", call)
         finished = False
         try:
@@ -59,6 +60,6 @@ class ServePrefillPool:
 
     async def _ask(self, method: str, call: LeaseCall) -> list[str]:
         try:
-            return cast("list[str]", await getattr(self._handle, method).remote(call))
+            return cast("list[str]", await call_apart(getattr(self._handle, method).remote, call))
         except SERVE_ERRORS as error:
             raise translated(error) from error

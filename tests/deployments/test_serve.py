@@ -51,6 +51,13 @@ def test_health_models_and_answers(url: str) -> None:
     assert reply["choices"][0]["message"]["content"] == LETTERS
 
 
+def test_calls_of_one_request_do_not_take_each_others_place(url: str) -> None:
+    for _ in range(4):
+        body = {"model": "stub", "prompt": ["hi"] * 16, "max_tokens": 2}
+        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=20).json()
+        assert [choice["text"] for choice in reply["choices"]] == ["ab"] * 16
+
+
 @pytest.mark.parametrize("status", [413, 429, 500])
 def test_what_a_worker_raises_becomes_its_status(url: str, status: int) -> None:
     response = httpx.post(f"{url}/v1/chat/completions", json={**CHAT, "seed": status, "stream": True})
