@@ -7,6 +7,7 @@ and answers to questions about planted facts.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from .model import Model
 from .whole_sequence import Reach, WholeSequence
+
+_Head = TypeVar("_Head")
 
 ROWS = 512
 """Hidden states that become logits at once."""
@@ -148,3 +151,11 @@ def largest_passing(num_heads: int, guess: int, passes: Callable[[int], bool]) -
         middle = (low + high) // 2
         probe, step = min(max(middle, probe - step), probe + step), 2 * step
     return low
+
+
+def with_more(chosen: list[_Head], further: Sequence[_Head], passes: Callable[[list[_Head]], bool]) -> list[_Head]:
+    """The chosen, and of the further ones each that passes beside all who are in already."""
+    for head in further:
+        if passes([*chosen, head]):
+            chosen = [*chosen, head]
+    return chosen

@@ -8,7 +8,7 @@ from rich.progress import Progress
 from lserve.engine.head_profile import HeadProfile, Matrix
 from lserve.engine.model import Model
 from lserve.engine.profile import HeadMeasures, HeadScorer, rank, streaming_heads
-from lserve.engine.profile_gate import Gate, Measurement, largest_passing, within
+from lserve.engine.profile_gate import Gate, Measurement, largest_passing, with_more, within
 from lserve.engine.profile_optimize import GateOptimizer
 from lserve.engine.whole_sequence import Reach
 
@@ -77,20 +77,17 @@ class Search:
         if optimize:
             gates = self._optimize(scores[ranking[guess - 1][0]][ranking[guess - 1][1]])
             ranking = sorted(ranking, key=lambda at: gates[at[0]][at[1]])  # equal gates stay in order of their scores
-        measured = {0: self._try([])}
+        measured: dict[tuple[tuple[int, int], ...], Measurement] = {(): self._try([])}
 
-        def passes(count: int) -> bool:
-            measured[count] = self._try(ranking[:count])
-            return within(measured[count], self._max_loss)
+        def passes(heads: Sequence[tuple[int, int]]) -> bool:
+            measured[tuple(heads)] = self._try(heads)
+            return within(measured[tuple(heads)], self._max_loss)
 
-        count = largest_passing(len(ranking), guess, passes)
-        chosen, best, tried = ranking[:count], measured[count], list(measured.values())
-        for head in ranking[count + 1 : count + 1 + SECOND_CHANCES]:
-            tried.append(self._try([*chosen, head]))
-            if within(tried[-1], self._max_loss):
-                chosen, best = [*chosen, head], tried[-1]
-        in_order = tuple(sorted(tried, key=lambda measurement: measurement.num_streaming))
-        return Found(measures, scores, gates, in_order, best, streaming_heads(chosen, *self._shape))
+        count = largest_passing(len(ranking), guess, lambda count: passes(ranking[:count]))
+        chosen = with_more(ranking[:count], ranking[count + 1 : count + 1 + SECOND_CHANCES], passes)
+        in_order = tuple(sorted(measured.values(), key=lambda measurement: measurement.num_streaming))
+        streaming = streaming_heads(chosen, *self._shape)
+        return Found(measures, scores, gates, in_order, measured[tuple(chosen)], streaming)
 
     def _measure_heads(self) -> float:
         """Fills the state's measures; returns the dense loss of the texts."""

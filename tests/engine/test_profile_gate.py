@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_engines import tokens
 
 from lserve.engine.model import Model
-from lserve.engine.profile_gate import FactDocument, Gate, Measurement, Question, largest_passing, within
+from lserve.engine.profile_gate import FactDocument, Gate, Measurement, Question, largest_passing, with_more, within
 from lserve.engine.whole_sequence import Reach, WholeSequence
 
 REACH = Reach(64, 128)
@@ -88,3 +88,14 @@ def test_loss_and_recall_must_both_hold(
 ) -> None:
     measured = Measurement(30, loss_rise, 0.0, 20 - lost + gained, 24, lost, gained, 1.0)
     assert within(measured, max_loss) == passes
+
+
+def test_heads_behind_one_that_fails_are_tried_beside_those_that_passed() -> None:
+    asked: list[list[int]] = []
+
+    def passes(heads: list[int]) -> bool:
+        asked.append(heads)
+        return sum(heads) <= 10
+
+    assert with_more([1, 2], [9, 3, 5, 4], passes) == [1, 2, 3, 4]
+    assert asked == [[1, 2, 9], [1, 2, 3], [1, 2, 3, 5], [1, 2, 3, 4]]
