@@ -27,7 +27,7 @@ RECOMPUTED = 384
 NUM_POSITIONS = 256
 """How many of them heads are measured on: 128 rank the heads nearly as well."""
 
-ANSWER_ALLOWANCE = 0.02
+ANSWER_ALLOWANCE = 0.005
 """Divergence per answer token, in nats, that counts as all that is allowed."""
 
 

@@ -11,9 +11,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, nll_loss
 
 from .model import Model
+from .profile import ANSWER_ALLOWANCE
 from .whole_sequence import Reach, WholeSequence
 
 _Head = TypeVar("_Head")
@@ -47,7 +48,8 @@ class Measurement:
 
     num_streaming: heads. loss_rise: of the documents' tokens, relative to the dense model's; standard_error: of it.
     right, asked: questions. An answer is right when its every token is the most likely one. lost, gained: right answers
-    of the dense model only, and of this profile only. answer_loss: nats per answer.
+    of the dense model only, and of this profile only. answer_loss: nats per answer. answer_divergence: nats per answer
+    token from the dense model's distribution.
     """
 
     num_streaming: int
@@ -58,15 +60,19 @@ class Measurement:
     lost: int
     gained: int
     answer_loss: float
+    answer_divergence: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """Losses: nats per token, float64 [N]. right, answer_losses: per question."""
+    """losses: nats per token, float64 [N]. right, answer_losses: per question. answers: log-probabilities of all tokens
+    where an answer's stand, [A, vocabulary].
+    """
 
     losses: Tensor
     right: Tensor
     answer_losses: Tensor
+    answers: Tensor
 
 
 class Gate:
@@ -90,22 +96,24 @@ class Gate:
             lost=int((dense.right & ~ours.right).sum()),
             gained=int((ours.right & ~dense.right).sum()),
             answer_loss=ours.answer_losses.mean().item(),
+            answer_divergence=(dense.answers.exp() * (dense.answers - ours.answers)).sum(-1).mean().item(),
         )
 
     @torch.inference_mode()
     def _read(self, streaming: Streaming) -> _Reading:
-        losses, right, answer_losses = [], [], []
+        losses, right, answer_losses, answers = [], [], [], []
         for document in self._documents:
             attend = WholeSequence(streaming, self._reach, self._model.config.head_dim**-0.5, keep=True)
             losses.append(self._losses(document.token_ids, self._run(document.token_ids, 0, attend)))
             for question in document.questions:
                 token_ids = (*question.token_ids, *question.answer)
                 hidden = self._run(token_ids, len(document.token_ids), attend.continuation())
-                logits = self._model.logits(hidden[-len(question.answer) - 1 : -1])
-                answer = torch.tensor(question.answer, device=logits.device)
-                right.append(bool((logits.argmax(-1) == answer).all()))
-                answer_losses.append(cross_entropy(logits, answer, reduction="sum").item())
-        return _Reading(torch.cat(losses), torch.tensor(right), torch.tensor(answer_losses))
+                log_probs = self._model.logits(hidden[-len(question.answer) - 1 : -1]).log_softmax(-1)
+                answer = torch.tensor(question.answer, device=log_probs.device)
+                right.append(bool((log_probs.argmax(-1) == answer).all()))
+                answer_losses.append(nll_loss(log_probs, answer, reduction="sum").item())
+                answers.append(log_probs)
+        return _Reading(torch.cat(losses), torch.tensor(right), torch.tensor(answer_losses), torch.cat(answers))
 
     def _losses(self, token_ids: Sequence[int], hidden: Tensor) -> Tensor:
         """Nats of each token for which a streaming head misses something: those past sink and window."""
@@ -128,11 +136,13 @@ def within(measured: Measurement, max_loss: float) -> bool:
     """Whether loss and recall stay within the relative loss that is allowed.
 
     Answers near the edge flip either way, whatever streams: recall counts as lost when more of them went wrong, net,
-    than is allowed and one standard deviation of such flips explains.
+    than is allowed and two standard deviations of such flips explain; or when the distributions that answers are drawn
+    from have moved too far, which shows with few questions too. (They move twice as far as the heads' own answer
+    divergences add up to: 0.0066 nats with 27 heads of SmolLM2-135M, whose sum is 0.0033.)
     """
-    chance = math.sqrt(measured.lost + measured.gained)
+    chance = 2 * math.sqrt(measured.lost + measured.gained)
     recall_holds = measured.lost - measured.gained <= max_loss * measured.asked + chance
-    return measured.loss_rise <= max_loss and recall_holds
+    return measured.loss_rise <= max_loss and recall_holds and measured.answer_divergence <= 2 * ANSWER_ALLOWANCE
 
 
 def largest_passing(num_heads: int, guess: int, passes: Callable[[int], bool]) -> int:

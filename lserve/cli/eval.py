@@ -20,7 +20,7 @@ from lserve.engine.request import AttentionOptions
 from lserve.quality import heat_map, report
 from lserve.quality.asker import Asker
 from lserve.quality.gates import Gate, parse_gate
-from lserve.quality.registry import DEFAULT, NEEDLES, TASKS, layouts
+from lserve.quality.registry import NEEDLES, TASKS, layouts
 from lserve.quality.suite import Design, Result, State, run_suite
 from lserve.quality.summary import Summary, TextRow, summarize
 from lserve.quality.tasks import MAX_QUESTIONS
@@ -60,7 +60,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--budgets", type=_numbers, default=(), help="more arms: requests with these token budgets")
     parser.add_argument("--data", action="append", default=[], metavar="FILE", help="text to build documents of")
     parser.add_argument("--lengths", type=_numbers, default=(7500,), help="tokens, with commas; default 7500")
-    parser.add_argument("--tasks", help=f"with commas, of: {', '.join(TASKS)}; default all but single")
+    parser.add_argument("--tasks", help=f"with commas, of: {', '.join(TASKS)}; default all")
     parser.add_argument("--documents", type=_count, default=10, help="of each length and task; default 10")
     parser.add_argument("--questions", type=_count, default=10, help="of each task in a document; default 10")
     parser.add_argument("--passages", type=int, default=2, help="of text, for bits per character; default 2, 0 is none")
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the suite; 0 when all gates held. Raises LServeError."""
     console = _console()
     gates = [parse_gate(gate) for gate in options.gate]
-    tasks = DEFAULT if options.tasks is None else tuple(name.strip() for name in options.tasks.split(","))
+    tasks = tuple(TASKS) if options.tasks is None else tuple(name.strip() for name in options.tasks.split(","))
     design = Design(options.lengths, layouts(tasks), options.documents, options.questions, options.seed)
     source = load_text(options.data)
     _check(options, gates, console)

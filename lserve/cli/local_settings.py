@@ -18,8 +18,9 @@ DEMO_PROFILE = Path(__file__).parent / "demo_heads.json"
 # chunk takes half a second there: a step in progress is not broken off when its client leaves.
 DEMO: dict[str, Any] = {
     "cache": {"kv_dtype": "int4", "retrieval_pool_bytes": 512 << 20},  # nine requests of full length
-    # A choice of pages is made for every token: reused four times, a model this small loses one answer in twenty.
-    "sparsity": {"token_budget": 1024, "reselect_interval": 1},
+    # Pages are chosen for every token, with all of them as candidates: choices that are reused, and cheaper ones, cost
+    # a model this small answers.
+    "sparsity": {"token_budget": 1024, "reselect_interval": 1, "candidate_factor": 8},
     "prefill": {"replicas": 1, "local_threshold": 0, "chunk_size": 256},
     "decode": {"replicas": 1},
 }

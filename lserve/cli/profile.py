@@ -32,7 +32,7 @@ from .profile_search import Found, Search
 from .profile_state import ProfileState
 from .profile_texts import ProfileTexts, make_texts
 
-METHOD = "2"
+METHOD = "3"
 """Changes when the same texts would be measured otherwise, or kept otherwise in the meantime."""
 
 DEFAULT_TEXT = "Python's language reference"
@@ -176,6 +176,7 @@ def _evidence(
         "right": found.chosen.right,
         "right_dense": found.dense.right,
         "asked": found.chosen.asked,
+        "answer_divergence": found.chosen.answer_divergence,
         "engine_loss_rise": ours.bits / dense.bits - 1,
         "engine_right": ours.right,
         "engine_right_dense": dense.right,
@@ -193,7 +194,7 @@ def _print(console: Console, found: Found, ours: Checked, dense: Checked, option
         mark = "[green]✓[/]" if within(m, options.max_loss) else "[red]✗[/]"
         console.print(
             f"{mark} {m.num_streaming:4d} streaming heads: loss {m.loss_rise:+.3%} (± {m.standard_error:.3%}),"
-            f" {m.right} of {m.asked} facts recalled"
+            f" {m.right} of {m.asked} facts recalled, answers moved {m.answer_divergence:.4f} nats"
         )
     console.print(
         f"\n[bold]{chosen.num_streaming} of {total} KV heads stream[/] ({chosen.num_streaming / total:.0%})."

@@ -17,7 +17,7 @@ from .profile_texts import ProfileTexts
 
 OPTIMIZER_STEPS = 40
 
-SECOND_CHANCES = 8
+SECOND_CHANCES = 4
 """Heads further down the ranking that are tried one by one, once the next one fails: costs add up only nearly."""
 
 TOO_MUCH = 0.25

@@ -1,7 +1,9 @@
 """What `lserve profile` measures on: pieces of the text, each used once, with facts planted into them."""
 
+import os
 import random
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lserve.engine.errors import SettingsError
@@ -17,7 +19,7 @@ FACT_TOKENS = 48
 """Room that a document leaves for each fact and its question."""
 
 
-NUM_CALIBRATION, NUM_DOCUMENTS = 2, 3
+NUM_CALIBRATION, NUM_DOCUMENTS = 4, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,38 +57,64 @@ def make_texts(tokenizer: Tokenizer, text: str, source: str, length: int, seed: 
 
 
 def _planted_text(tokenizer: Tokenizer, text: str, num_facts: int, draw: random.Random) -> PlantedText:
-    """The text with facts, half of which are asked for and told again after it, one after the other."""
+    """The text with facts, which are asked for and told again after it, one after the other."""
     planted = single(draw, text, num_facts)
     body = insert(text, planted.items)
-    token_ids = tokenizer.encode(body)
-    starts = tokenizer.token_starts(body)
-    running = range(len(token_ids))
+    told = {case.case_id: item for case, (_, item) in zip(planted.cases, planted.items, strict=True)}
+    cases = draw.sample(planted.cases, len(planted.cases))
+    replies = [f"{_opening(told[case.case_id], case)} {case.answers[0]}." for case in cases]
+    whole = _dialogue(tokenizer, body, [(case.question, reply) for case, reply in zip(cases, replies, strict=True)])
+    starts = tokenizer.token_starts(whole, add_special_tokens=not tokenizer.has_chat_template)
+
+    def tokens(first: int, end: int) -> range:
+        return range(bisect_left(starts, first), bisect_left(starts, end))
+
+    at = whole.index(body)
+    running = tokens(at, at + len(body))
+    at += len(body)
     answers: list[int] = []
     mentions: list[range] = []
-    told = {case.case_id: item for case, (_, item) in zip(planted.cases, planted.items, strict=True)}
-    for case in draw.sample(planted.cases, (len(planted.cases) + 1) // 2):
-        first = body.index(told[case.case_id])
-        mention = range(bisect_left(starts, first), bisect_left(starts, first + len(told[case.case_id])))
-        asked = f"\n\n{case.question} {_opening(told[case.case_id], case)}"
-        token_ids += tokenizer.encode(asked, add_special_tokens=False)
-        answer = tokenizer.encode(f" {case.answers[0]}", add_special_tokens=False)
-        answers += range(len(token_ids), len(token_ids) + len(answer))
-        mentions += [mention] * len(answer)
-        token_ids += answer
+    for case, reply in zip(cases, replies, strict=True):
+        fact, end = whole.index(told[case.case_id]), whole.index(reply, at) + len(reply) - 1
+        answer = tokens(end - len(case.answers[0]) - 1, end)
+        answers += answer
+        mentions += [tokens(fact, fact + len(told[case.case_id]))] * len(answer)
+        at = end
+    token_ids = tokenizer.encode(whole, add_special_tokens=not tokenizer.has_chat_template)
     return PlantedText(tuple(token_ids), running, tuple(answers), tuple(mentions))
 
 
 def _fact_document(tokenizer: Tokenizer, text: str, num_facts: int, draw: random.Random) -> FactDocument:
     """The text with facts, and questions about them, whose replies begin as the facts do."""
     planted = single(draw, text, num_facts)
-    questions = tuple(
-        Question(
-            tuple(tokenizer.encode(f"\n\n{case.question} {_opening(fact, case)}", add_special_tokens=False)),
-            tuple(tokenizer.encode(f" {case.answers[0]}", add_special_tokens=False)),
-        )
-        for case, (_, fact) in zip(planted.cases, planted.items, strict=True)
-    )
-    return FactDocument(tuple(tokenizer.encode(insert(text, planted.items))), questions)
+    body = insert(text, planted.items)
+    prompts = [
+        _prompt(tokenizer, body, case, fact) for case, (_, fact) in zip(planted.cases, planted.items, strict=True)
+    ]
+    shared = len(os.path.commonprefix(prompts))
+    answers = [tokenizer.encode(f" {case.answers[0]}", add_special_tokens=False) for case in planted.cases]
+    questions = (Question(tuple(p[shared:]), tuple(a)) for p, a in zip(prompts, answers, strict=True))
+    return FactDocument(tuple(prompts[0][:shared]), tuple(questions))
+
+
+def _prompt(tokenizer: Tokenizer, body: str, case: Case, fact: str) -> list[int]:
+    """The body, one question about it, and how the reply begins."""
+    whole = _dialogue(tokenizer, body, [(case.question, "")])
+    return tokenizer.encode(f"{whole}{_opening(fact, case)}", add_special_tokens=not tokenizer.has_chat_template)
+
+
+def _dialogue(tokenizer: Tokenizer, body: str, turns: Sequence[tuple[str, str]]) -> str:
+    """Questions about the body and their replies, in the model's chat template: as they will be served, for heads that
+    find facts from inside a running text are not those that find them for a reply. As plain text where there is no
+    template. A last reply that is empty is left to be written.
+    """
+    if not tokenizer.has_chat_template:
+        return body + "".join(f"\n\n{question} {reply}" for question, reply in turns)
+    messages: list[tuple[str, str]] = []
+    for question, reply in turns:
+        asked = question if messages else f"{body}\n\n{question}"
+        messages += [("user", asked), ("assistant", reply)]
+    return tokenizer.chat_text(messages if turns[-1][1] else messages[:-1])
 
 
 def _opening(fact: str, case: Case) -> str:

@@ -47,9 +47,6 @@ LAYOUTS = (
 )
 """Tasks that share documents. Needles stand alone: among lists of words SmolLM2 finds 3 of 10, without them 7."""
 
-DEFAULT = tuple(task for task in TASKS if task != "single")
-"""Everything once: `single` asks what numbers, words and names ask."""
-
 NEEDLES = ("single", "numbers", "words", "names", "pairs", "multi-key words", "multi-key numbers", "multi-value")
 """The tasks of the heat map."""
 

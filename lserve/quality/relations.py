@@ -1,11 +1,13 @@
 """Relations that planted facts are about, by what their values are: no two alike, so that none distracts from another.
 
 A model of 135M parameters finds such facts in 7,500 tokens of real text where the relation says what kind of thing the
-value is (`the favourite fruit of Mrs. Palmer`); to others it answers out of its head, dense or not. And among ten of
-one relation (`the pass key for Vienna`, `for Oslo`, ...) it takes one for another. Larger models do neither.
+value is (`the favourite fruit of Mrs. Palmer`); to others it answers out of its head, dense or not, so that relations
+are left out of which its dense attention found less than half (the price of a watch: never; a nickname: a third). And
+among ten of one relation (`the pass key for Vienna`, `for Oslo`, ...) it takes one for another. Larger models do
+neither.
 """
 
-from .vocabulary import CITIES, FIRST_NAMES, SURNAMES, WORDS, words
+from .vocabulary import CITIES, SURNAMES, words
 
 NUMBER_RELATIONS = (
     "phone number of Mr. Lighthouse",
@@ -18,7 +20,6 @@ NUMBER_RELATIONS = (
     "distance to the moon base",
     "telephone extension of Dr. Moreau",
     "licence number of Captain Silver",
-    "price of the golden watch",
     "student number of Miss Chang",
 )
 
@@ -26,11 +27,9 @@ WORD_RELATIONS = (
     ("favourite fruit of Mrs. Palmer", words("mango banana cherry apricot coconut peach plum melon")),
     ("profession of Mr. Winterbottom", words("carpenter dentist lawyer plumber tailor butcher farmer nurse")),
     ("colour of the mayor's coat", words("purple orange yellow pink white")),
-    ("favourite animal of Mr. Greenfield", words("falcon turtle penguin giraffe rabbit dolphin tiger camel")),
     ("favourite sport of Miss Holloway", words("tennis hockey golf rowing cricket rugby boxing skiing")),
     ("favourite drink of Mr. Baxter", words("lemonade cider brandy cocoa coffee milk wine beer")),
     ("favourite instrument of Miss Tanaka", words("violin trumpet harp flute guitar cello piano drum")),
-    ("favourite game of Mr. Pritchard", words("chess poker darts bridge dominoes checkers bingo roulette")),
     ("favourite season of Miss Lindgren", words("autumn winter spring summer")),
     ("hobby of Mrs. Kowalski", words("fishing knitting painting gardening sailing dancing cooking reading")),
     ("favourite colour of Mrs. Whitlock", words("silver brown green red blue black golden")),
@@ -42,8 +41,6 @@ NAME_RELATIONS = (
     ("birthplace of Mr. Delaney", words("Vienna Athens Prague Cairo Toronto Sydney Berlin Denver")),
     ("native language of Mrs. Okafor", words("Swahili Dutch Polish Finnish Korean Turkish Greek Danish")),
     ("favourite city of Mrs. Romero", words("Geneva Munich Havana Chicago Venice Rome Paris Tokyo")),
-    ("middle name of Mrs. Sinclair", words("Edith Greta Wanda Bella Clara Irene Martha Teresa")),
-    ("nickname of Mr. Crawford", words("Pepper Biscuit Thunder Feather Rusty Lucky Shorty Buddy")),
     ("employer of Mr. Hutchinson", words("Bluebird Northwind Starlight Redwood Ironside Goldleaf")),
     ("religion of Mr. Abernathy", words("Buddhism Islam Judaism Hinduism Christianity Taoism")),
     ("name of the captain's ship", words("Albatross Discovery Victory Phoenix Mermaid Neptune Pegasus")),
@@ -55,10 +52,7 @@ NAME_RELATIONS = (
 PAIRED_RELATIONS = (
     ("phone number of the {}", ("hotel", "hospital"), None),
     ("pass key for the {}", ("cellar", "attic"), None),
-    ("number of the {} locker", ("red", "green"), None),
-    ("secret word of the {}", ("miners", "nurses"), WORDS),
     ("home of the {} sister", ("elder", "younger"), CITIES),
-    ("name of the {} horse", ("black", "white"), FIRST_NAMES),
     (
         "favourite food of {}",
         ("Mr. Ellison", "Mrs. Vaughan"),

@@ -16,7 +16,7 @@ from .relations import NAME_RELATIONS, NUMBER_RELATIONS, PAIRED_RELATIONS, PERSO
 from .text import insert, passage
 from .vocabulary import CITIES, COLOURS, FIRST_NAMES, GROUPS, JOBS, SURNAMES, THINGS, WORDS
 
-MAX_QUESTIONS = 12
+MAX_QUESTIONS = 10
 """Of one task in one document: there are only so many relations."""
 
 RESERVED_TOKENS = 120

@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert main(["profile", "--model", str(tiny_directory), *SMALL, *WHOLE]) == 130
     assert os.listdir() == ["head-profile.partial"]
     again = profiled("parts")
-    assert measured == 5 + 2, "of six layers four were known"
+    assert measured == 5 + 8, "of twelve layers four were known"
     assert (again.streaming, again.scores, again.measures, again.gate) == (
         whole.streaming,
         whole.scores,
@@ -121,7 +121,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 
 def test_a_state_of_another_run_is_not_used(tmp_path: Path) -> None:
     path, measures = tmp_path / "state", {1: HeadMeasures(1, 2, 3, 4, 5, 6)}
-    measurement = Measurement(3, 0.1, 0.01, 4, 5, 1, 0, 0.5)
+    measurement = Measurement(3, 0.1, 0.01, 4, 5, 1, 0, 0.5, 0.1)
     state = ProfileState(path, "a")
     state.add_layer(0, 1, measures)
     state.set_gates([[0.5]])

@@ -1,5 +1,6 @@
 """The gate measures whole profiles and finds the largest that passes."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,7 +38,8 @@ def test_dense_loses_nothing_and_streaming_does(tiny: tuple[Model, Any]) -> None
     gate = Gate(model, documents, REACH)
     dense, streaming = gate.measure(DENSE), gate.measure(ALL)
     assert (dense.num_streaming, dense.loss_rise, dense.right, dense.asked) == (0, 0.0, 1, 3)
-    assert (dense.lost, dense.gained) == (0, 0)
+    assert (dense.lost, dense.gained, dense.answer_divergence) == (0, 0, 0.0)
+    assert streaming.answer_divergence > 0
     assert streaming.num_streaming == 6
     assert streaming.right == dense.right - streaming.lost + streaming.gained
     losses = []
@@ -76,18 +78,19 @@ def test_a_good_guess_takes_few_measurements() -> None:
     [
         (0.003, 0, 0, 0.003, True),
         (0.0031, 0, 0, 0.003, False),
-        (0.001, 1, 0, 0.003, True),  # one answer near the edge
-        (0.001, 2, 0, 0.003, False),
-        (0.001, 5, 3, 0.003, True),
-        (0.001, 6, 2, 0.003, False),
-        (0.001, 4, 0, 0.1, True),  # a tenth of 24 is allowed
+        (0.001, 4, 0, 0.003, True),  # answers near the edge
+        (0.001, 5, 0, 0.003, False),
+        (0.001, 9, 3, 0.003, True),
+        (0.001, 10, 2, 0.003, False),
+        (0.001, 6, 0, 0.1, True),  # a tenth of 24 is allowed
     ],
 )
 def test_loss_and_recall_must_both_hold(
     loss_rise: float, lost: int, gained: int, max_loss: float, passes: bool
 ) -> None:
-    measured = Measurement(30, loss_rise, 0.0, 20 - lost + gained, 24, lost, gained, 1.0)
+    measured = Measurement(30, loss_rise, 0.0, 20 - lost + gained, 24, lost, gained, 1.0, 0.0)
     assert within(measured, max_loss) == passes
+    assert not within(replace(measured, answer_divergence=0.02), max_loss)
 
 
 def test_heads_behind_one_that_fails_are_tried_beside_those_that_passed() -> None:

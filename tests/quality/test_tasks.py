@@ -6,7 +6,7 @@ import pytest
 
 from lserve.engine.errors import SettingsError
 from lserve.quality.cases import Document
-from lserve.quality.registry import DEFAULT, LAYOUTS, TASKS, layouts
+from lserve.quality.registry import LAYOUTS, TASKS, layouts
 from lserve.quality.tasks import MAX_QUESTIONS, RESERVED_TOKENS, build_document
 from lserve.quality.text import insert, load_text, passage
 
@@ -79,8 +79,8 @@ def test_text_that_is_too_short_is_repeated() -> None:
     assert Words().count(made) == 500
 
 
-def test_every_default_task_is_in_one_layout() -> None:
-    assert sorted(task for layout in layouts(DEFAULT) for task in layout) == sorted(DEFAULT)
+def test_every_task_is_in_one_layout() -> None:
+    assert sorted(task for layout in LAYOUTS for task in layout) == sorted(TASKS)
     assert layouts(["quote", "pairs"]) == (("quote",), ("pairs",))
     with pytest.raises(SettingsError, match="unknown task 'nedles'"):
         layouts(["nedles"])
