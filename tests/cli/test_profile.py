@@ -141,14 +141,22 @@ def test_texts_do_not_overlap_and_follow_from_the_seed(tokenizer: Tokenizer) -> 
     assert texts != profile_texts.make_texts(tokenizer, source, "", LENGTH, 2)
     decoded = [tokenizer.decode(text.token_ids) for text in (*texts.calibration, *texts.documents)]
     lines = [set(re.findall(r"Line (\d+) of a long text says something", text)) for text in decoded]
-    assert len(lines) == 5 and all(len(found) > 40 for found in lines)
+    assert len(lines) == 7 and all(len(found) > 40 for found in lines)
     assert all(not mine & theirs for i, mine in enumerate(lines) for theirs in lines[:i])
     assert all(LENGTH * 0.8 < len(document.token_ids) <= LENGTH for document in texts.documents)
 
 
-def test_answers_are_told_where_they_are_said_to_be(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("in_chat", [True, False])
+def test_answers_are_told_where_they_are_said_to_be(in_chat: bool, demo_directory: Path) -> None:
+    from transformers import AutoTokenizer
+
+    checkpoint = AutoTokenizer.from_pretrained(demo_directory)
+    if not in_chat:
+        checkpoint.chat_template = None
+    tokenizer = Tokenizer(checkpoint)
     for text in profile_texts.make_texts(tokenizer, load_text(), "", LENGTH, 1).calibration:
-        assert text.running.stop < text.answers[0]
+        assert 0 <= text.running.start < text.running.stop < text.answers[0]
+        assert (checkpoint.convert_tokens_to_ids("<|im_start|>") in text.token_ids) == in_chat
         for answer, mention in zip(text.answers, text.mentions, strict=True):
             told = tokenizer.decode(text.token_ids[mention.start : mention.stop])
             assert "Remember it." in told
