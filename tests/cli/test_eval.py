@@ -63,7 +63,7 @@ def test_one_command_compares_dense_with_sparse(
         (["--lengths", "9000"], "the model reads 8192 tokens, got 9064"),
         (["--lengths", "100"], "--lengths start at 500 tokens, got 100"),
         (["--lengths", "1k"], "a count is a whole number from 1 on, got '1k'"),
-        (["--questions", "13"], "--questions is at most 12, got 13"),
+        (["--questions", "13"], "--questions is at most 10, got 13"),
         (["--also", "sparsity.rule=min_max"], "--also is written NAME:KEY=VALUE"),
         (["--also", "dense:sparsity.token_budget=600"], "every arm needs its own name"),
         (["--baseline", "cache.kv_type=int8"], "unknown setting 'cache.kv_type'"),
