@@ -114,7 +114,7 @@ def test_prefill_goes_through_the_prefill_worker_and_its_pages_through_nixl(
 
     eventually(lambda: prefilled("PrefillWorker") >= 2 * length and pulled() > length // 64 * 400_000, 30)
     assert prefilled("DecodeWorker") == 0
-    assert running.metric("lserve_prefix_tokens_total", tier="pool") >= 896
+    eventually(lambda: running.metric("lserve_prefix_tokens_total", tier="pool") >= 896, 30)
 
 
 METRICS = (
