@@ -17,6 +17,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from .model import Model
 from .whole_sequence import Reach, WholeSequence
@@ -126,7 +127,7 @@ class HeadScorer:
         for head in heads:
             hidden, streaming = self._run(range(self._layer, config.num_layers), head)
             log_probs = self._predict(hidden)
-            divergence = (self._log_probs.exp() * (self._log_probs - log_probs)).sum(-1)
+            divergence = kl_div(log_probs, self._log_probs, log_target=True, reduction="none").sum(-1)
             loss = (self._log_probs - log_probs).gather(1, self._targets)[:, 0]
             change = (streaming.out[:, head] - dense.out[:, head]).norm(dim=-1) / dense.out[:, head].norm(dim=-1)
             running, answers = slice(self._num_running), slice(self._num_running, None)

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, nll_loss
+from torch.nn.functional import cross_entropy, kl_div, nll_loss
 
 from .model import Model
 from .profile import ANSWER_ALLOWANCE
@@ -96,7 +96,7 @@ class Gate:
             lost=int((dense.right & ~ours.right).sum()),
             gained=int((ours.right & ~dense.right).sum()),
             answer_loss=ours.answer_losses.mean().item(),
-            answer_divergence=(dense.answers.exp() * (dense.answers - ours.answers)).sum(-1).mean().item(),
+            answer_divergence=kl_div(ours.answers, dense.answers, log_target=True, reduction="batchmean").item(),
         )
 
     @torch.inference_mode()

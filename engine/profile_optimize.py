@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import kl_div, linear, rms_norm, silu
 from torch.utils.checkpoint import checkpoint
 
 from .errors import SettingsError
@@ -58,7 +58,7 @@ class GateOptimizer:
     def cost(self, sample: "_Sample") -> Tensor:
         """What the gates cost on one text, differentiable in them."""
         log_probs = sample.predict(self._model, gated_forward(self._model, sample.token_ids, self.gates, self._reach))
-        divergence = (sample.log_probs.exp() * (sample.log_probs - log_probs)).sum(-1)
+        divergence = kl_div(log_probs, sample.log_probs, log_target=True, reduction="none").sum(-1)
         running, answers = divergence[: sample.num_running].mean(), divergence[sample.num_running :].mean()
         return running / (sample.dense_loss * self._max_loss) + answers / ANSWER_ALLOWANCE
 

@@ -59,12 +59,12 @@ def make_texts(tokenizer: Tokenizer, text: str, source: str, length: int, seed: 
 def _planted_text(tokenizer: Tokenizer, text: str, num_facts: int, draw: random.Random) -> PlantedText:
     """The text with facts, which are asked for and told again after it, one after the other."""
     planted = single(draw, text, num_facts)
-    body = insert(text, planted.items)
+    body = insert(text, planted.items).strip()  # templates may strip what is said
     told = {case.case_id: item for case, (_, item) in zip(planted.cases, planted.items, strict=True)}
     cases = draw.sample(planted.cases, len(planted.cases))
     replies = [f"{_opening(told[case.case_id], case)} {case.answers[0]}." for case in cases]
     whole = _dialogue(tokenizer, body, [(case.question, reply) for case, reply in zip(cases, replies, strict=True)])
-    starts = tokenizer.token_starts(whole, add_special_tokens=not tokenizer.has_chat_template)
+    starts = tokenizer.token_starts(whole, _adds_special_tokens(tokenizer))
 
     def tokens(first: int, end: int) -> range:
         return range(bisect_left(starts, first), bisect_left(starts, end))
@@ -80,14 +80,14 @@ def _planted_text(tokenizer: Tokenizer, text: str, num_facts: int, draw: random.
         answers += answer
         mentions += [tokens(fact, fact + len(told[case.case_id]))] * len(answer)
         at = end
-    token_ids = tokenizer.encode(whole, add_special_tokens=not tokenizer.has_chat_template)
+    token_ids = tokenizer.encode(whole, _adds_special_tokens(tokenizer))
     return PlantedText(tuple(token_ids), running, tuple(answers), tuple(mentions))
 
 
 def _fact_document(tokenizer: Tokenizer, text: str, num_facts: int, draw: random.Random) -> FactDocument:
     """The text with facts, and questions about them, whose replies begin as the facts do."""
     planted = single(draw, text, num_facts)
-    body = insert(text, planted.items)
+    body = insert(text, planted.items).strip()  # templates may strip what is said
     prompts = [
         _prompt(tokenizer, body, case, fact) for case, (_, fact) in zip(planted.cases, planted.items, strict=True)
     ]
@@ -100,7 +100,12 @@ def _fact_document(tokenizer: Tokenizer, text: str, num_facts: int, draw: random
 def _prompt(tokenizer: Tokenizer, body: str, case: Case, fact: str) -> list[int]:
     """The body, one question about it, and how the reply begins."""
     whole = _dialogue(tokenizer, body, [(case.question, "")])
-    return tokenizer.encode(f"{whole}{_opening(fact, case)}", add_special_tokens=not tokenizer.has_chat_template)
+    return tokenizer.encode(whole + _opening(fact, case), _adds_special_tokens(tokenizer))
+
+
+def _adds_special_tokens(tokenizer: Tokenizer) -> bool:
+    """Whether encoding has to add what a chat template writes itself, such as a beginning token."""
+    return not tokenizer.has_chat_template
 
 
 def _dialogue(tokenizer: Tokenizer, body: str, turns: Sequence[tuple[str, str]]) -> str:

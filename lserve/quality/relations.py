@@ -2,9 +2,9 @@
 
 A model of 135M parameters finds such facts in 7,500 tokens of real text where the relation says what kind of thing the
 value is (`the favourite fruit of Mrs. Palmer`); to others it answers out of its head, dense or not, so that relations
-are left out of which its dense attention found less than half (the price of a watch: never; a nickname: a third). And
-among ten of one relation (`the pass key for Vienna`, `for Oslo`, ...) it takes one for another. Larger models do
-neither.
+are left out of which its dense attention found less than half (the price of a watch: never; a nickname: a third), and
+pairs below 45 %. And among ten of one relation (`the pass key for Vienna`, `for Oslo`, ...) it takes one for another.
+Larger models do neither.
 """
 
 from .vocabulary import CITIES, SURNAMES, words

@@ -146,17 +146,20 @@ def test_texts_do_not_overlap_and_follow_from_the_seed(tokenizer: Tokenizer) -> 
     assert all(LENGTH * 0.8 < len(document.token_ids) <= LENGTH for document in texts.documents)
 
 
-@pytest.mark.parametrize("in_chat", [True, False])
-def test_answers_are_told_where_they_are_said_to_be(in_chat: bool, demo_directory: Path) -> None:
+@pytest.mark.parametrize("template", ["its own", "one that strips", None])
+def test_answers_are_told_where_they_are_said_to_be(template: str | None, demo_directory: Path) -> None:
     from transformers import AutoTokenizer
 
     checkpoint = AutoTokenizer.from_pretrained(demo_directory)
-    if not in_chat:
+    if template == "one that strips":  # as Llama 3's does
+        checkpoint.chat_template = checkpoint.chat_template.replace("message['content']", "message['content'] | trim")
+        assert "trim" in checkpoint.chat_template
+    elif template is None:
         checkpoint.chat_template = None
     tokenizer = Tokenizer(checkpoint)
     for text in profile_texts.make_texts(tokenizer, load_text(), "", LENGTH, 1).calibration:
         assert 0 <= text.running.start < text.running.stop < text.answers[0]
-        assert (checkpoint.convert_tokens_to_ids("<|im_start|>") in text.token_ids) == in_chat
+        assert (checkpoint.convert_tokens_to_ids("<|im_start|>") in text.token_ids) == bool(template)
         for answer, mention in zip(text.answers, text.mentions, strict=True):
             told = tokenizer.decode(text.token_ids[mention.start : mention.stop])
             assert "Remember it." in told
