@@ -29,7 +29,7 @@ from .work import (
 if not INTERPRETED:
     from . import packed, select_packed
 
-BOUND_PROGRAMS = 8
+BOUND_PROGRAMS = 4
 BOUND_STAGES = 4
 BOUND_WARPS = 2
 PROGRAMS_PER_MULTIPROCESSOR = 4
