@@ -137,12 +137,11 @@ def within(measured: Measurement, max_loss: float) -> bool:
 
     Answers near the edge flip either way, whatever streams: recall counts as lost when more of them went wrong, net,
     than is allowed and two standard deviations of such flips explain; or when the distributions that answers are drawn
-    from have moved too far, which shows with few questions too. (They move twice as far as the heads' own answer
-    divergences add up to: 0.0066 nats with 27 heads of SmolLM2-135M, whose sum is 0.0033.)
+    from have moved too far, which shows with few questions too.
     """
     chance = 2 * math.sqrt(measured.lost + measured.gained)
     recall_holds = measured.lost - measured.gained <= max_loss * measured.asked + chance
-    return measured.loss_rise <= max_loss and recall_holds and measured.answer_divergence <= 2 * ANSWER_ALLOWANCE
+    return measured.loss_rise <= max_loss and recall_holds and measured.answer_divergence <= ANSWER_ALLOWANCE
 
 
 def largest_passing(num_heads: int, guess: int, passes: Callable[[int], bool]) -> int:

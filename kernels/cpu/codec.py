@@ -1,8 +1,13 @@
 """Slot bytes to numbers and back, in vectorised torch: the one CPU reading of `SlotLayout`."""
 
+from collections.abc import Iterator
+
 import torch
 
 from ..slot_layout import SlotLayout
+
+PART = 1 << 21
+"""Decoded numbers at once, about: 8 MB stay in the caches, and in memory that the allocator has at hand."""
 
 
 def _floor_half(x: torch.Tensor) -> torch.Tensor:
@@ -121,3 +126,9 @@ def gather_slots(pool: torch.Tensor, page_ids: torch.Tensor, slots: torch.Tensor
     """Slots of pages, uint8 [N, slot_bytes] with N the broadcast elements of page_ids and slots (int64)."""
     index = (page_ids * pool.shape[1] + slots).flatten()
     return pool.view(-1, pool.shape[2]).index_select(0, index)
+
+
+def split_batch(numbers: int, *inputs: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Inputs [B, ...] in parts of as many sequences as have PART decoded numbers; numbers: a sequence's, about."""
+    per_part = max(PART // max(numbers, 1), 1)
+    return zip(*(x.split(per_part) for x in inputs), strict=True)

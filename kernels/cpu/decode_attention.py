@@ -1,9 +1,11 @@
-"""CPU path of `decode_attention`: gathers the listed pages, then two batched matrix products."""
+"""CPU path of `decode_attention`: gathers the listed pages, then two batched matrix products, a few sequences at a time
+where they are long.
+"""
 
 import torch
 
 from ..views import DecodeBatch, LayerView, Selection
-from .codec import decode_keys, decode_values, gather_slots
+from .codec import decode_keys, decode_values, gather_slots, split_batch
 
 
 def tail_logits(query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -15,23 +17,23 @@ def tail_logits(query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor
 
 
 def _attend(
+    layer: LayerView,
     query: torch.Tensor,
     slots: torch.Tensor,
     readable: torch.Tensor,
     tail_key: torch.Tensor,
     tail_value: torch.Tensor,
-    layer: LayerView,
-    batch: DecodeBatch,
+    positions: torch.Tensor,
 ) -> torch.Tensor:
-    """query [B, H, G, D] (scaled) over gathered slots [B*H*J, bytes], readable bool [B, H or 1, J*P], and the tail."""
+    """query [B, H, G, D] (scaled) over gathered slots [B, H*J, bytes], readable bool [B, H or 1, J*P], and the tail."""
     num_batch, num_heads, _, head_dim = query.shape
-    own = tail_logits(query, tail_key, batch.positions)
+    own = tail_logits(query, tail_key, positions)
     listed = readable.shape[2]
     keys = decode_keys(slots, layer.layout).reshape(num_batch, num_heads, listed, head_dim)
     logits = (query @ keys.transpose(2, 3)).masked_fill_(~readable[:, :, None], -torch.inf)
     weights = torch.cat((logits, own), dim=-1).softmax(-1)
     values = decode_values(slots, layer.layout).reshape(num_batch, num_heads, listed, head_dim)
-    values[batch.positions < layer.layout.page_size] = 0  # nothing is sealed: whatever the page held, 0 * NaN is NaN
+    values[positions < layer.layout.page_size] = 0  # nothing is sealed: whatever the page held, 0 * NaN is NaN
     return torch.matmul(weights[..., :listed], values).add_(weights[..., listed:] @ tail_value)
 
 
@@ -93,9 +95,9 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
         data = gather_slots(pool, page_ids, slots[:, None])
         whole = heads.numel() == num_kv_heads
         tail_key, tail_value = (x if whole else x[:, heads] for x in (tail_keys, tail_values))
-        attended = _attend(grouped if whole else grouped[:, heads], data, readable, tail_key, tail_value, layer, batch)
-        if whole:
-            out = attended
-        else:
-            out[:, heads] = attended
+        scaled = grouped if whole else grouped[:, heads]
+        data = data.unflatten(0, (num_batch, data.shape[0] // num_batch))
+        inputs = scaled, data, readable, tail_key, tail_value, batch.positions
+        parts = split_batch(heads.numel() * readable.shape[2] * head_dim, *inputs)
+        out[:, heads] = torch.cat([_attend(layer, *part) for part in parts])
     return out.reshape(query.shape).to(query.dtype)

@@ -4,7 +4,7 @@ import torch
 
 from ..slot_layout import SlotLayout
 from ..views import DecodeBatch, LayerView, Selection
-from .codec import decode_keys, gather_slots, key_range
+from .codec import decode_keys, gather_slots, key_range, split_batch
 from .decode_attention import tail_logits
 
 
@@ -39,6 +39,12 @@ def _compact(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor
     order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
     real = torch.arange(order.shape[-1]) < mask.sum(-1, keepdim=True)
     return order.masked_fill(~real, 0), real
+
+
+def _masses(query: torch.Tensor, slots: torch.Tensor, layout: SlotLayout) -> torch.Tensor:
+    """Log-sum-exp of the scores in each page: query [B, H, G, D] (scaled), slots [B, H, J, bytes] to [B, H, G, J]."""
+    keys = decode_keys(slots, layout).flatten(2, 3)
+    return (query @ keys.transpose(2, 3)).unflatten(3, (-1, layout.page_size)).logsumexp(-1)
 
 
 def page_select(
@@ -80,8 +86,9 @@ def page_select(
         listed, real = _compact(candidates, int(candidates.sum(-1).max()))
         page_ids = table.gather(1, listed.flatten(1)).view_as(listed)
         slots = gather_slots(layer.retrieval_pool, page_ids, layer.head_slots[heads].long()[:, None])
-        keys = decode_keys(slots, layout).reshape(num_batch, num_heads, -1, layout.head_dim)
-        mass = (grouped @ keys.transpose(2, 3)).unflatten(3, (-1, page)).logsumexp(-1)
+        slots = slots.unflatten(0, (num_batch, num_heads, -1))
+        parts = split_batch(slots[0].numel() // layout.slot_bytes * page * layout.head_dim, grouped, slots)
+        mass = torch.cat([_masses(*part, layout) for part in parts])
         mass = mass.masked_fill_(~real[:, :, None], -torch.inf)
         own = tail_logits(grouped, tail_key, positions).logsumexp(-1, keepdim=True)
         share = torch.cat((mass, own), dim=-1).softmax(-1)[..., :-1].mean(2)

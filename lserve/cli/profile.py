@@ -32,7 +32,7 @@ from .profile_search import Found, Search
 from .profile_state import ProfileState
 from .profile_texts import ProfileTexts, make_texts
 
-METHOD = "3"
+METHOD = "4"
 """Changes when the same texts would be measured otherwise, or kept otherwise in the meantime."""
 
 DEFAULT_TEXT = "Python's language reference"
@@ -54,6 +54,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--output", type=Path, default=Path("head-profile.json"), help="default: %(default)s")
     parser.add_argument("--max-loss", type=_share, default=0.003, metavar="0.3%", help="default: %(default)s")
     parser.add_argument("--length", type=int, default=5000, help="tokens of a document; default: %(default)s")
+    parser.add_argument("--texts", type=int, default=6, help="that heads are measured on; default: %(default)s")
     parser.add_argument("--sink", type=int, default=128, help="first tokens that are kept; default: %(default)s")
     parser.add_argument("--window", type=int, default=256, help="last tokens that are kept; default: %(default)s")
     parser.add_argument(
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         config = EngineConfig(model=path, device=options.device, compute_dtype="float32")
         loaded, identity = load(config), fingerprint(path)
     name = ", ".join(options.data) or DEFAULT_TEXT
-    texts = make_texts(loaded.tokenizer, source, name, length, options.seed)
+    texts = make_texts(loaded.tokenizer, source, name, length, options.texts, options.seed)
     reach = Reach(options.sink, options.window)
     state = ProfileState(
         options.output.with_suffix(".partial"),
@@ -115,6 +116,8 @@ def _check_options(options: argparse.Namespace) -> None:
     HeadProfile.none(1, 1, options.sink, options.window)
     if not options.output.parent.is_dir():
         raise SettingsError(f"--output {options.output}: there is no directory {options.output.parent}")
+    if options.texts < 1:
+        raise SettingsError(f"--texts is at least 1, got {options.texts}")
     shortest = 6 * (options.sink + options.window)
     if options.length < shortest:
         raise SettingsError(
@@ -169,6 +172,7 @@ def _evidence(
         "seed": options.seed,
         "max_loss": options.max_loss,
         "optimized": options.optimize,
+        "calibration_facts": sum(len(set(text.mentions)) for text in texts.calibration),
         "calibration_tokens": sum(len(text.token_ids) for text in texts.calibration),
         "document_tokens": sum(len(document.token_ids) for document in texts.documents),
         "loss_rise": found.chosen.loss_rise,

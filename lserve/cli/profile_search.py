@@ -17,11 +17,13 @@ from .profile_texts import ProfileTexts
 
 OPTIMIZER_STEPS = 40
 
-SECOND_CHANCES = 4
+SECOND_CHANCES = 2
 """Heads further down the ranking that are tried one by one, once the next one fails: costs add up only nearly."""
 
-TOO_MUCH = 0.25
-"""Cost past which a head is a retrieval head for certain: it alone would use up a quarter of what is allowed."""
+TOO_MUCH = 0.5
+"""Cost past which a head is a retrieval head for certain: it alone would use up half of what is allowed. Lower, and one
+answer that a head moves would rule it out.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,10 @@ class Search:
         """Everything, in order."""
         dense_loss = self._measure_heads()
         num_layers, num_kv_heads = self._shape
-        measures = tuple(tuple(self._mean(layer, head) for head in range(num_kv_heads)) for layer in range(num_layers))
+        num_texts = len(self._texts.calibration)
+        measures = tuple(
+            tuple(self._mean(layer, head, num_texts) for head in range(num_kv_heads)) for layer in range(num_layers)
+        )
         scores = tuple(
             tuple(float(f"{head.cost(dense_loss, self._max_loss):.4g}") for head in layer) for layer in measures
         )
@@ -98,7 +103,7 @@ class Search:
             scorer = HeadScorer(self._model, text, self._reach, self._seed)
             losses.append(scorer.dense_loss)
             for layer in range(num_layers):
-                heads = [head for head in range(num_kv_heads) if number == 0 or self._may_stream(layer, head, losses)]
+                heads = [head for head in range(num_kv_heads) if self._may_stream(number, layer, head, losses)]
                 if (number, layer) in self._state.measures or not heads:
                     scorer.skip()
                 else:
@@ -106,13 +111,15 @@ class Search:
                 self._progress.advance(bar, num_kv_heads)
         return sum(losses) / len(losses)
 
-    def _may_stream(self, layer: int, head: int, losses: Sequence[float]) -> bool:
-        """Whether the first text leaves it open; no more time is spent on heads that it makes retrieval heads."""
-        return self._state.measures[0, layer][head].cost(losses[0], self._max_loss) < TOO_MUCH
+    def _may_stream(self, number: int, layer: int, head: int, losses: Sequence[float]) -> bool:
+        """Whether the texts before this one leave it open; no more time is spent on certain retrieval heads."""
+        if number == 0:
+            return True
+        return self._mean(layer, head, number).cost(sum(losses) / len(losses), self._max_loss) < TOO_MUCH
 
-    def _mean(self, layer: int, head: int) -> HeadMeasures:
-        """Over the texts that the head was measured on."""
-        texts = [self._state.measures.get((text, layer), {}) for text in range(len(self._texts.calibration))]
+    def _mean(self, layer: int, head: int, num_texts: int) -> HeadMeasures:
+        """Over those of the first texts that the head was measured on."""
+        texts = [self._state.measures.get((text, layer), {}) for text in range(num_texts)]
         return HeadMeasures.mean([heads[head] for heads in texts if head in heads])
 
     def _optimize(self, marginal_cost: float) -> Matrix:

@@ -14,12 +14,11 @@ from lserve.quality.cases import Case
 from lserve.quality.tasks import single
 from lserve.quality.text import insert
 
-MAX_FACTS = 12
+MAX_FACTS = 16
 FACT_TOKENS = 48
 """Room that a document leaves for each fact and its question."""
 
-
-NUM_CALIBRATION, NUM_DOCUMENTS = 4, 3
+NUM_DOCUMENTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +29,21 @@ class ProfileTexts:
     documents: tuple[FactDocument, ...]
 
 
-def make_texts(tokenizer: Tokenizer, text: str, source: str, length: int, seed: int) -> ProfileTexts:
+def make_texts(
+    tokenizer: Tokenizer, text: str, source: str, length: int, num_calibration: int, seed: int
+) -> ProfileTexts:
     """Calibration texts of half the length, and documents of all of it, from parts that do not overlap.
 
     source: what the text came from, for the message. Raises SettingsError when there is too little of it.
     """
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     num_facts = min(MAX_FACTS, length // (4 * FACT_TOKENS))
-    sizes = [length // 2] * NUM_CALIBRATION + [length - num_facts * FACT_TOKENS] * NUM_DOCUMENTS
+    sizes = [length // 2] * num_calibration + [length - num_facts * FACT_TOKENS] * NUM_DOCUMENTS
     spare = len(token_ids) - sum(sizes)
     if spare < 0:
         raise SettingsError(
             f"{source}: {len(token_ids)} tokens of text are too few to profile at --length {length}, "
-            f"{sum(sizes)} are needed: give more --data, or a smaller --length"
+            f"{sum(sizes)} are needed: give more --data, fewer --texts or a smaller --length"
         )
     draw = random.Random(seed)
     pieces: dict[int, str] = {}
@@ -51,8 +52,8 @@ def make_texts(tokenizer: Tokenizer, text: str, source: str, length: int, seed: 
         at += spare // len(sizes)
         pieces[number] = tokenizer.decode(token_ids[at : at + sizes[number]])
         at += sizes[number]
-    calibration = tuple(_planted_text(tokenizer, pieces[i], num_facts, draw) for i in range(NUM_CALIBRATION))
-    documents = (_fact_document(tokenizer, pieces[i], num_facts, draw) for i in range(NUM_CALIBRATION, len(sizes)))
+    calibration = tuple(_planted_text(tokenizer, pieces[i], num_facts, draw) for i in range(num_calibration))
+    documents = (_fact_document(tokenizer, pieces[i], num_facts, draw) for i in range(num_calibration, len(sizes)))
     return ProfileTexts(calibration, tuple(documents))
 
 

@@ -36,16 +36,16 @@ TASKS: dict[str, Plan] = {
 }
 
 LAYOUTS = (
-    ("numbers", "quote"),
-    ("words",),
-    ("names",),
+    ("numbers", "words", "names"),
     ("pairs",),
     ("multi-key words", "people", "variable tracking"),
     ("multi-key numbers", "multi-value"),
     ("common words", "frequent words"),
-    ("single",),
+    ("single", "quote"),
 )
-"""Tasks that share documents. Needles stand alone: among lists of words SmolLM2 finds 3 of 10, without them 7."""
+"""Tasks that share documents. Needles share one with needles alone: among lists of words SmolLM2 finds 3 of 10, without
+them 7.
+"""
 
 NEEDLES = ("single", "numbers", "words", "names", "pairs", "multi-key words", "multi-key numbers", "multi-value")
 """The tasks of the heat map."""

@@ -20,8 +20,8 @@ Tell = Callable[[str], None]
 COMPARED_FROM = 0.5
 """Tasks count towards the loss where the baseline scores at least this: below, it is luck that is compared."""
 
-ENOUGH_CASES = 10
-"""After so many cases a task may be given up whose baseline is clearly below that."""
+ENOUGH_CASES, MANY_CASES = 10, 30
+"""After so many cases a task may be given up whose baseline is clearly below that, or just below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,8 @@ def run_suite(
     """Asks every case of every asker. done is called after each asker's share of a document, tell gets warnings.
 
     A document that an asker cannot read (too long, say) is left out for all of them, with a warning. The first asker is
-    the baseline: where it clearly finds less than half of a task, after ENOUGH_CASES, that task is not asked further.
+    the baseline: where it finds less than half of a task, clearly after ENOUGH_CASES or at all after MANY_CASES, that
+    task is not asked further.
     """
     results: list[Result] = []
     for document_id, length, layout, number in design.document_ids():
@@ -141,9 +142,12 @@ def run_suite(
 
 
 def _is_hopeless(results: Sequence[Result], baseline: str, task: str, length: int) -> bool:
-    """Whether the baseline clearly finds less than half: then the task is not compared, and asking on is a waste."""
+    """Whether the baseline finds less than half: then the task is not compared, and asking on is a waste."""
     scores = [r.score for r in results if (r.arm, r.task, r.length) == (baseline, task, length)]
-    return len(scores) >= ENOUGH_CASES and share(scores).high < COMPARED_FROM
+    if len(scores) < ENOUGH_CASES:
+        return False
+    found = share(scores)
+    return (found.value if len(scores) >= MANY_CASES else found.high) < COMPARED_FROM
 
 
 def _ask(asker: Asker, document: Document, tell: Tell) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def test_its_evidence_is_within_what_it_allows() -> None:
 @pytest.mark.timeout(600)
 def test_a_short_document_that_it_never_saw_lose_little(demo_directory: Path) -> None:
     loaded = load(EngineConfig(str(demo_directory)))
-    texts = make_texts(loaded.tokenizer, load_text(), "", 1100, seed=7)
+    texts = make_texts(loaded.tokenizer, load_text(), "", 1100, 1, seed=7)
     gate = Gate(loaded.model, texts.documents[:1], Reach(PROFILE.sink_size, PROFILE.local_window))
     measured = gate.measure(PROFILE.streaming)
     assert measured.right >= 2

@@ -19,7 +19,7 @@ from lserve.engine.profile_gate import Measurement
 from lserve.engine.tokenizer import Tokenizer
 from lserve.quality.text import load_text
 
-SMALL = ["--length", "800", "--sink", "64", "--window", "64"]
+SMALL = ["--length", "800", "--texts", "4", "--sink", "64", "--window", "64"]
 WHOLE = ["--optimize", "--max-loss", "90%"]
 LENGTH = 2400
 
@@ -136,9 +136,9 @@ def test_a_state_of_another_run_is_not_used(tmp_path: Path) -> None:
 
 def test_texts_do_not_overlap_and_follow_from_the_seed(tokenizer: Tokenizer) -> None:
     source = "\n".join(f"Line {number} of a long text says something." for number in range(4000))
-    texts = profile_texts.make_texts(tokenizer, source, "", LENGTH, 1)
-    assert texts == profile_texts.make_texts(tokenizer, source, "", LENGTH, 1)
-    assert texts != profile_texts.make_texts(tokenizer, source, "", LENGTH, 2)
+    texts = profile_texts.make_texts(tokenizer, source, "", LENGTH, 4, 1)
+    assert texts == profile_texts.make_texts(tokenizer, source, "", LENGTH, 4, 1)
+    assert texts != profile_texts.make_texts(tokenizer, source, "", LENGTH, 4, 2)
     decoded = [tokenizer.decode(text.token_ids) for text in (*texts.calibration, *texts.documents)]
     lines = [set(re.findall(r"Line (\d+) of a long text says something", text)) for text in decoded]
     assert len(lines) == 7 and all(len(found) > 40 for found in lines)
@@ -157,14 +157,14 @@ def test_answers_are_told_where_they_are_said_to_be(template: str | None, demo_d
     elif template is None:
         checkpoint.chat_template = None
     tokenizer = Tokenizer(checkpoint)
-    for text in profile_texts.make_texts(tokenizer, load_text(), "", LENGTH, 1).calibration:
+    for text in profile_texts.make_texts(tokenizer, load_text(), "", LENGTH, 4, 1).calibration:
         assert 0 <= text.running.start < text.running.stop < text.answers[0]
         assert (checkpoint.convert_tokens_to_ids("<|im_start|>") in text.token_ids) == bool(template)
         for answer, mention in zip(text.answers, text.mentions, strict=True):
             told = tokenizer.decode(text.token_ids[mention.start : mention.stop])
             assert "Remember it." in told
             assert tokenizer.decode(text.token_ids[answer : answer + 1]).strip() in told
-    for document in profile_texts.make_texts(tokenizer, load_text(), "", LENGTH, 1).documents:
+    for document in profile_texts.make_texts(tokenizer, load_text(), "", LENGTH, 4, 1).documents:
         text = tokenizer.decode(document.token_ids)
         for question in document.questions:
             asked = tokenizer.decode(question.token_ids)
@@ -178,6 +178,7 @@ def test_answers_are_told_where_they_are_said_to_be(template: str | None, demo_d
         (["--data", "short.txt"], r"short.txt: \d+ tokens of text are too few to profile at --length 800, \d+ are"),
         (["--data", "absent.txt"], "cannot read absent.txt"),
         (["--data", "binary.txt"], "binary.txt is not text"),
+        (["--texts", "0"], "--texts is at least 1, got 0"),
         (["--length", "700"], "--length 700 is too short"),
         (["--sink", "100"], "sink_size must be a positive multiple of 64, got 100"),
         (["--output", "nowhere/heads.json"], "--output nowhere/heads.json: there is no directory nowhere"),
@@ -223,4 +224,4 @@ def test_the_profile_of_another_model_is_refused(tiny_directory: Path, tmp_path:
 
 def test_too_little_text_is_named(tokenizer: Tokenizer) -> None:
     with pytest.raises(SettingsError, match="notes.txt: 3 tokens of text are too few"):
-        profile_texts.make_texts(tokenizer, "one two three", "notes.txt", LENGTH, 0)
+        profile_texts.make_texts(tokenizer, "one two three", "notes.txt", LENGTH, 4, 0)

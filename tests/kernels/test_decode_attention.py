@@ -67,6 +67,14 @@ def test_cpu_path_equals_float64(kv_dtype, head_dim, group_size, positions, stre
     assert relative_error(run(decode_attention, without_poison(case)), reference) < 1e-5
 
 
+def test_cpu_path_takes_long_sequences_by_themselves(monkeypatch):
+    case = without_poison(make_decode_case(positions=(700, 0, 64, 401), streaming=(False, True), group_size=2))
+    reference = oracle.decode_attention(case.query, case.layer, case.batch, case.selection)
+    for numbers in (1, 2 * 700 * 64):
+        monkeypatch.setattr("lserve.kernels.cpu.codec.PART", numbers)
+        assert relative_error(run(decode_attention, case), reference) < 1e-5
+
+
 def test_streaming_window_is_exact_to_the_token(device):
     """One huge value, put on either side of the window's edge, counts or does not (a query of zeros weighs all tokens
     alike).

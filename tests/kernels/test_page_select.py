@@ -81,6 +81,12 @@ def test_cpu_path_chooses_the_oracles_pages(kv_dtype, factor, two_stage, **shape
     check(page_select, without_poison(draw(kv_dtype, **shape)), "cpu", factor, two_stage)
 
 
+def test_cpu_path_takes_long_sequences_by_themselves(monkeypatch):
+    monkeypatch.setattr("lserve.kernels.cpu.codec.PART", 1)
+    case = draw("int4", 64, 2, (1200, 1300, 1400), (False, True), 32, 7, 1)
+    check(page_select, without_poison(case), "cpu", 4, True)
+
+
 def test_only_sequences_told_to_choose_do(device):
     case = draw("int4", 64, 2, (1200, 1300, 1400), (False, False), 32, 7, 1)
     case.batch.reselect.copy_(torch.tensor([False, True, False]))

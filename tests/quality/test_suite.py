@@ -1,7 +1,7 @@
 """The suite over real engines: arms that share weights and pages, prefixes that are reused, runs that go on."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lserve.engine.request import AttentionOptions
 from lserve.quality import heat_map
 from lserve.quality.arms import Arm, open_arms
 from lserve.quality.asker import Reply
+from lserve.quality.cases import Case, Document
 from lserve.quality.engine_asker import EngineAsker
 from lserve.quality.suite import Design, Result, State, run_suite
 from lserve.quality.text import load_text
@@ -113,6 +114,43 @@ def test_a_document_that_is_too_long_is_left_out_for_all(askers: list[EngineAske
     results = run_suite(design, askers, TEXT, State(None, {}), told.append, lambda: None)
     assert {r.length for r in results} == {700} and len(results) == 2 * len(askers)
     assert len(told) == len(askers) and all("3000 tokens is left out" in text for text in told)
+
+
+@pytest.mark.parametrize(("found", "asked"), [("0" * 10, 1), ("0110110000", 3), ("1111111000", 4)])
+def test_what_dense_finds_less_than_half_of_is_not_asked_on(found: str, asked: int) -> None:
+    """Clearly less after one document of ten questions, less at all after three."""
+    design = Design((700,), (("numbers",),), documents=4, questions=10)
+    results = run_suite(design, [Scripted(found)], TEXT, State(None, {}), pytest.fail, lambda: None)
+    assert len({r.document_id for r in results}) == asked
+
+
+class Scripted:
+    """An asker that answers right where a digit is 1."""
+
+    name = "dense"
+
+    def __init__(self, right: str) -> None:
+        self.right = right
+
+    def count(self, text: str) -> int:
+        return len(text.split())
+
+    def cut(self, text: str, num_tokens: int) -> str:
+        return " ".join(text.split()[:num_tokens])
+
+    def overhang(self, text: str) -> int:
+        return 0
+
+    def prime(self, document: Document) -> Reply:
+        return Reply("", document.length)
+
+    def ask(self, document: Document, cases: Sequence[Case]) -> list[Reply]:
+        return [
+            Reply(case.answers[0] if right == "1" else "", 0) for case, right in zip(cases, self.right, strict=True)
+        ]
+
+    def close(self) -> None:
+        pass
 
 
 def test_the_heat_map_shows_each_arm_by_depth_and_length(whole: tuple[list[Result], Path], tmp_path: Path) -> None:
