@@ -18,21 +18,26 @@ def tail_logits(query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor
 
 def _attend(
     layer: LayerView,
-    query: torch.Tensor,
+    pool: torch.Tensor,
     slots: torch.Tensor,
+    query: torch.Tensor,
+    page_ids: torch.Tensor,
     readable: torch.Tensor,
     tail_key: torch.Tensor,
     tail_value: torch.Tensor,
     positions: torch.Tensor,
 ) -> torch.Tensor:
-    """query [B, H, G, D] (scaled) over gathered slots [B, H*J, bytes], readable bool [B, H or 1, J*P], and the tail."""
+    """query [B, H, G, D] (scaled) over the heads' slots [H] of pages [B, H or 1, J], of whose tokens readable, bool
+    [B, H or 1, J*P], says which count; and over the tail.
+    """
     num_batch, num_heads, _, head_dim = query.shape
     own = tail_logits(query, tail_key, positions)
     listed = readable.shape[2]
-    keys = decode_keys(slots, layer.layout).reshape(num_batch, num_heads, listed, head_dim)
+    data = gather_slots(pool, page_ids, slots[:, None])
+    keys = decode_keys(data, layer.layout).reshape(num_batch, num_heads, listed, head_dim)
     logits = (query @ keys.transpose(2, 3)).masked_fill_(~readable[:, :, None], -torch.inf)
     weights = torch.cat((logits, own), dim=-1).softmax(-1)
-    values = decode_values(slots, layer.layout).reshape(num_batch, num_heads, listed, head_dim)
+    values = decode_values(data, layer.layout).reshape(num_batch, num_heads, listed, head_dim)
     values[positions < layer.layout.page_size] = 0  # nothing is sealed: whatever the page held, 0 * NaN is NaN
     return torch.matmul(weights[..., :listed], values).add_(weights[..., listed:] @ tail_value)
 
@@ -92,12 +97,10 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
             page_ids = batch.retrieval_table.gather(1, index.flatten(1)).long().view_as(index)
             readable = listed[..., None].expand(*listed.shape, page).flatten(2)
             pool = layer.retrieval_pool
-        data = gather_slots(pool, page_ids, slots[:, None])
         whole = heads.numel() == num_kv_heads
         tail_key, tail_value = (x if whole else x[:, heads] for x in (tail_keys, tail_values))
         scaled = grouped if whole else grouped[:, heads]
-        data = data.unflatten(0, (num_batch, data.shape[0] // num_batch))
-        inputs = scaled, data, readable, tail_key, tail_value, batch.positions
+        inputs = scaled, page_ids, readable, tail_key, tail_value, batch.positions
         parts = split_batch(heads.numel() * readable.shape[2] * head_dim, *inputs)
-        out[:, heads] = torch.cat([_attend(layer, *part) for part in parts])
+        out[:, heads] = torch.cat([_attend(layer, pool, slots, *part) for part in parts])
     return out.reshape(query.shape).to(query.dtype)

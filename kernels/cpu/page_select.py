@@ -41,10 +41,13 @@ def _compact(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor
     return order.masked_fill(~real, 0), real
 
 
-def _masses(query: torch.Tensor, slots: torch.Tensor, layout: SlotLayout) -> torch.Tensor:
-    """Log-sum-exp of the scores in each page: query [B, H, G, D] (scaled), slots [B, H, J, bytes] to [B, H, G, J]."""
-    keys = decode_keys(slots, layout).flatten(2, 3)
-    return (query @ keys.transpose(2, 3)).unflatten(3, (-1, layout.page_size)).logsumexp(-1)
+def _masses(layer: LayerView, query: torch.Tensor, page_ids: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp of the scores in each page of the retrieval heads: query [B, H, G, D] (scaled), page_ids [B, H, J]
+    to [B, H, G, J].
+    """
+    slots = gather_slots(layer.retrieval_pool, page_ids, layer.head_slots[layer.retrieval_heads].long()[:, None])
+    keys = decode_keys(slots, layer.layout).reshape(*page_ids.shape[:2], -1, layer.layout.head_dim)
+    return (query @ keys.transpose(2, 3)).unflatten(3, (-1, layer.layout.page_size)).logsumexp(-1)
 
 
 def page_select(
@@ -85,10 +88,8 @@ def page_select(
         candidates = _top(scores, candidate_factor * budget) | always[:, None]
         listed, real = _compact(candidates, int(candidates.sum(-1).max()))
         page_ids = table.gather(1, listed.flatten(1)).view_as(listed)
-        slots = gather_slots(layer.retrieval_pool, page_ids, layer.head_slots[heads].long()[:, None])
-        slots = slots.unflatten(0, (num_batch, num_heads, -1))
-        parts = split_batch(slots[0].numel() // layout.slot_bytes * page * layout.head_dim, grouped, slots)
-        mass = torch.cat([_masses(*part, layout) for part in parts])
+        parts = split_batch(num_heads * listed.shape[2] * page * layout.head_dim, grouped, page_ids)
+        mass = torch.cat([_masses(layer, *part) for part in parts])
         mass = mass.masked_fill_(~real[:, :, None], -torch.inf)
         own = tail_logits(grouped, tail_key, positions).logsumexp(-1, keepdim=True)
         share = torch.cat((mass, own), dim=-1).softmax(-1)[..., :-1].mean(2)
