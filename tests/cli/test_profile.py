@@ -14,7 +14,7 @@ from lserve.cli.profile_state import ProfileState
 from lserve.engine.checkpoint import fingerprint
 from lserve.engine.errors import SettingsError
 from lserve.engine.head_profile import HeadProfile
-from lserve.engine.profile import HeadMeasures
+from lserve.engine.profile import ANSWER_ALLOWANCE, HeadMeasures, HeadScorer
 from lserve.engine.profile_gate import Measurement
 from lserve.engine.tokenizer import Tokenizer
 from lserve.quality.text import load_text
@@ -117,6 +117,24 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         whole.measures,
         whole.gate,
     )
+
+
+def test_heads_that_cost_too_much_over_their_texts_are_measured_no_further(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+
+    def next_layer(self: HeadScorer, heads: list[int]) -> dict[int, HeadMeasures]:
+        """Head 0 costs too much in the first text, head 1 only in the mean of two."""
+        costs = (0.6, 0.45 if len(asked) < 3 else 0.65)
+        asked.append(heads)
+        self.skip()
+        return {head: HeadMeasures(0, costs[head] * ANSWER_ALLOWANCE, 0, 0, 0, 0) for head in heads}
+
+    monkeypatch.setattr(HeadScorer, "next_layer", next_layer)
+    output = str(tmp_path / "heads.json")
+    assert main(["profile", "--model", str(tiny_directory), *SMALL, "--output", output]) == 0
+    assert asked == [[0, 1]] * 3 + [[1]] * 3
 
 
 def test_a_state_of_another_run_is_not_used(tmp_path: Path) -> None:
