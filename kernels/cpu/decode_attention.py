@@ -1,5 +1,5 @@
 """CPU path of `decode_attention`: gathers the listed pages, then two batched matrix products, a few sequences at a time
-where they are long.
+where they are long. Pages that all sequences begin with (questions about one document) are decoded once for all.
 """
 
 import torch
@@ -16,10 +16,27 @@ def tail_logits(query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor
     return (query @ keys.transpose(2, 3)).masked_fill_(later[:, None, None], -torch.inf)
 
 
+def num_shared(page_ids: torch.Tensor, listed: torch.Tensor) -> int:
+    """How many leading pages of page_ids [B, H, J] are listed, bool [B, H, J], and the same for all of several
+    sequences.
+    """
+    if page_ids.shape[0] == 1:
+        return 0
+    same = ((page_ids == page_ids[:1]) & listed).flatten(0, 1).all(0)
+    return int(same.long().cumprod(0).sum())
+
+
+def shared_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x [B, H, G, K] times y [H, K, N], which all sequences share: one product a head."""
+    folded = x.transpose(0, 1).flatten(1, 2) @ y
+    return folded.unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)
+
+
 def _attend(
     layer: LayerView,
     pool: torch.Tensor,
     slots: torch.Tensor,
+    shared: tuple[torch.Tensor, torch.Tensor],
     query: torch.Tensor,
     page_ids: torch.Tensor,
     readable: torch.Tensor,
@@ -28,18 +45,32 @@ def _attend(
     positions: torch.Tensor,
 ) -> torch.Tensor:
     """query [B, H, G, D] (scaled) over the heads' slots [H] of pages [B, H or 1, J], of whose tokens readable, bool
-    [B, H or 1, J*P], says which count; and over the tail.
+    [B, H or 1, J*P], says which count; over the tail; and over shared keys and values [H, S, D] that count for all.
     """
+    shared_keys, shared_values = shared
+    num_before = shared_keys.shape[1]
     num_batch, num_heads, _, head_dim = query.shape
     own = tail_logits(query, tail_key, positions)
     listed = readable.shape[2]
     data = gather_slots(pool, page_ids, slots[:, None])
     keys = decode_keys(data, layer.layout).reshape(num_batch, num_heads, listed, head_dim)
     logits = (query @ keys.transpose(2, 3)).masked_fill_(~readable[:, :, None], -torch.inf)
-    weights = torch.cat((logits, own), dim=-1).softmax(-1)
+    before = shared_product(query, shared_keys.transpose(1, 2))
+    weights = torch.cat((before, logits, own), dim=-1).softmax(-1)
+    before, weights = weights[..., :num_before], weights[..., num_before:]
     values = decode_values(data, layer.layout).reshape(num_batch, num_heads, listed, head_dim)
     values[positions < layer.layout.page_size] = 0  # nothing is sealed: whatever the page held, 0 * NaN is NaN
-    return torch.matmul(weights[..., :listed], values).add_(weights[..., listed:] @ tail_value)
+    out = torch.matmul(weights[..., :listed], values).add_(weights[..., listed:] @ tail_value)
+    return out.add_(shared_product(before, shared_values))
+
+
+def _decode_shared(
+    layer: LayerView, pool: torch.Tensor, slots: torch.Tensor, page_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [H, S, D] of the heads' slots [H] of pages [H or 1, J]."""
+    shape = slots.numel(), -1, layer.layout.head_dim
+    data = gather_slots(pool, page_ids, slots[:, None])
+    return decode_keys(data, layer.layout).view(shape), decode_values(data, layer.layout).view(shape)
 
 
 def _retrieval_pages(layer: LayerView, batch: DecodeBatch, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +121,7 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
         if is_streaming:
             index, readable = _streaming_pages(layer, batch)
             page_ids = batch.streaming_table.gather(1, index).long()[:, None]
-            readable = readable.flatten(1)[:, None]
+            listed, readable = readable.all(2)[:, None], readable.flatten(1)[:, None]
             pool = layer.streaming_pool
         else:
             index, listed = _retrieval_pages(layer, batch, selection)
@@ -100,7 +131,10 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
         whole = heads.numel() == num_kv_heads
         tail_key, tail_value = (x if whole else x[:, heads] for x in (tail_keys, tail_values))
         scaled = grouped if whole else grouped[:, heads]
+        before = num_shared(page_ids, listed)
+        shared = _decode_shared(layer, pool, slots, page_ids[0, :, :before])
+        page_ids, readable = page_ids[:, :, before:], readable[:, :, before * page :]
         inputs = scaled, page_ids, readable, tail_key, tail_value, batch.positions
         parts = split_batch(heads.numel() * readable.shape[2] * head_dim, *inputs)
-        out[:, heads] = torch.cat([_attend(layer, pool, slots, *part) for part in parts])
+        out[:, heads] = torch.cat([_attend(layer, pool, slots, shared, *part) for part in parts])
     return out.reshape(query.shape).to(query.dtype)

@@ -5,7 +5,7 @@ import torch
 from ..slot_layout import SlotLayout
 from ..views import DecodeBatch, LayerView, Selection
 from .codec import decode_keys, gather_slots, key_range, split_batch
-from .decode_attention import tail_logits
+from .decode_attention import num_shared, shared_product, tail_logits
 
 
 def page_bounds(query: torch.Tensor, centre: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
@@ -45,9 +45,20 @@ def _masses(layer: LayerView, query: torch.Tensor, page_ids: torch.Tensor) -> to
     """Log-sum-exp of the scores in each page of the retrieval heads: query [B, H, G, D] (scaled), page_ids [B, H, J]
     to [B, H, G, J].
     """
+    scores = query @ _keys(layer, page_ids).transpose(2, 3)
+    return scores.unflatten(3, (-1, layer.layout.page_size)).logsumexp(-1)
+
+
+def _shared_masses(layer: LayerView, query: torch.Tensor, page_ids: torch.Tensor) -> torch.Tensor:
+    """`_masses` in pages [H, J] that all sequences share."""
+    scores = shared_product(query, _keys(layer, page_ids[None])[0].transpose(1, 2))
+    return scores.unflatten(3, (-1, layer.layout.page_size)).logsumexp(-1)
+
+
+def _keys(layer: LayerView, page_ids: torch.Tensor) -> torch.Tensor:
+    """Keys [B, H, J*P, D] of the retrieval heads in pages [B, H, J]."""
     slots = gather_slots(layer.retrieval_pool, page_ids, layer.head_slots[layer.retrieval_heads].long()[:, None])
-    keys = decode_keys(slots, layer.layout).reshape(*page_ids.shape[:2], -1, layer.layout.head_dim)
-    return (query @ keys.transpose(2, 3)).unflatten(3, (-1, layer.layout.page_size)).logsumexp(-1)
+    return decode_keys(slots, layer.layout).reshape(*page_ids.shape[:2], -1, layer.layout.head_dim)
 
 
 def page_select(
@@ -88,8 +99,11 @@ def page_select(
         candidates = _top(scores, candidate_factor * budget) | always[:, None]
         listed, real = _compact(candidates, int(candidates.sum(-1).max()))
         page_ids = table.gather(1, listed.flatten(1)).view_as(listed)
-        parts = split_batch(num_heads * listed.shape[2] * page * layout.head_dim, grouped, page_ids)
-        mass = torch.cat([_masses(layer, *part) for part in parts])
+        before = num_shared(page_ids, real)
+        shared_mass = _shared_masses(layer, grouped, page_ids[0, :, :before])
+        page_ids = page_ids[:, :, before:]
+        parts = split_batch(num_heads * page_ids.shape[2] * page * layout.head_dim, grouped, page_ids)
+        mass = torch.cat((shared_mass, torch.cat([_masses(layer, *part) for part in parts])), dim=-1)
         mass = mass.masked_fill_(~real[:, :, None], -torch.inf)
         own = tail_logits(grouped, tail_key, positions).logsumexp(-1, keepdim=True)
         share = torch.cat((mass, own), dim=-1).softmax(-1)[..., :-1].mean(2)

@@ -36,15 +36,15 @@ TASKS: dict[str, Plan] = {
 }
 
 LAYOUTS = (
-    ("numbers", "words", "names"),
-    ("pairs",),
+    ("numbers", "words"),
+    ("names", "single"),
+    ("pairs", "quote"),
     ("multi-key words", "people", "variable tracking"),
     ("multi-key numbers", "multi-value"),
     ("common words", "frequent words"),
-    ("single", "quote"),
 )
-"""Tasks that share documents. Needles share one with needles alone: among lists of words SmolLM2 finds 3 of 10, without
-them 7.
+"""Tasks that share documents. Needles share one with needles alone, and of a relation each is told one value: among
+lists of words SmolLM2 finds 3 of 10, without them 7; of names 5 of 10 beside twenty other needles, 7 alone.
 """
 
 NEEDLES = ("single", "numbers", "words", "names", "pairs", "multi-key words", "multi-key numbers", "multi-value")

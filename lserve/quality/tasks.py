@@ -77,10 +77,10 @@ def names(draw: random.Random, text: str, questions: int) -> Planted:
 
 
 def single(draw: random.Random, text: str, questions: int) -> Planted:
-    """Single needles of all three kinds, mixed: for documents that should hold few facts."""
+    """Single needles of two kinds, numbers and words, mixed."""
     relations = [*zip(NUMBER_RELATIONS, [_numbers(draw, 1) for _ in NUMBER_RELATIONS], strict=True)]
-    third = -(-questions // 3)
-    mixed = [*draw.sample(relations, third), *draw.sample(WORD_RELATIONS, third), *draw.sample(NAME_RELATIONS, third)]
+    half = -(-questions // 2)
+    mixed = [*draw.sample(relations, half), *draw.sample(WORD_RELATIONS, half)]
     return _single("single", draw, mixed, questions)
 
 

@@ -39,8 +39,8 @@ def test_one_command_compares_dense_with_sparse(
     content = json.loads((tmp_path / "run.json").read_text())
     assert content["arms"] == ["dense", "sparse", "budget 576", "rule"]
     assert [(row["task"], row["length"], row["cases"]) for row in content["tasks"]] == [
-        ("people", 600, 2),
         ("single", 600, 2),
+        ("people", 600, 2),
     ]
     dense, sparse, budget, rule = content["text"]
     assert dense["agreement"] == 1.0 and dense["prompt_rise"] == 0.0

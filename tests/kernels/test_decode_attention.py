@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lserve.kernels import decode_attention
+from lserve.kernels.cpu import decode_attention as cpu_decode_attention
 from lserve.kernels.gpu import decode_attention as gpu_decode_attention
 from lserve.kernels.oracle import decode as oracle
 from lserve.kernels.slot_layout import NUM_LEVELS
@@ -73,6 +74,23 @@ def test_cpu_path_takes_long_sequences_by_themselves(monkeypatch):
     for numbers in (1, 2 * 700 * 64):
         monkeypatch.setattr("lserve.kernels.cpu.codec.PART", numbers)
         assert relative_error(run(decode_attention, case), reference) < 1e-5
+
+
+@pytest.mark.parametrize("streaming", [(False, False), (False, True), (True,)])
+def test_cpu_path_decodes_shared_pages_once(monkeypatch, streaming):
+    """Sequences that begin with the same nine pages, then go on with pages of their own, decode those nine once."""
+    case = without_poison(make_decode_case(positions=(700, 640, 963), streaming=streaming))
+    for table in (case.batch.retrieval_table, case.batch.streaming_table):
+        table[1:, :9] = table[0, :9]
+    decoded = []
+    decode_keys = cpu_decode_attention.decode_keys
+    monkeypatch.setattr(
+        cpu_decode_attention, "decode_keys", lambda data, layout: decoded.append(len(data)) or decode_keys(data, layout)
+    )
+    reference = oracle.decode_attention(case.query, case.layer, case.batch, case.selection)
+    assert relative_error(run(decode_attention, case), reference) < 1e-5
+    if not any(streaming):  # 10, 10 and 15 pages, of which 9 are shared; gathered in a rectangle of 15
+        assert sum(decoded) == 2 * (9 + 3 * (15 - 9))
 
 
 def test_streaming_window_is_exact_to_the_token(device):

@@ -52,6 +52,7 @@ def test_documents_have_the_length_that_they_were_made_for(layout: tuple[str, ..
     made = build_document("d", 2500, plans, 10, load_text(), (3, 10), Words())
     assert 2500 - RESERVED_TOKENS - 10 <= Words().count(made.text) <= 2500 - RESERVED_TOKENS
     assert len(made.cases) == 10 * len(layout)
+    assert len({(case.question, case.answers) for case in made.cases}) == len({case.question for case in made.cases})
 
 
 def test_the_seed_decides_everything() -> None:
@@ -81,6 +82,6 @@ def test_text_that_is_too_short_is_repeated() -> None:
 
 def test_every_task_is_in_one_layout() -> None:
     assert sorted(task for layout in LAYOUTS for task in layout) == sorted(TASKS)
-    assert layouts(["quote", "pairs"]) == (("pairs",), ("quote",))
+    assert layouts(["quote", "pairs", "single"]) == (("single",), ("pairs", "quote"))
     with pytest.raises(SettingsError, match="unknown task 'nedles'"):
         layouts(["nedles"])
