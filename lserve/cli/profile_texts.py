@@ -11,7 +11,7 @@ from lserve.engine.profile import PlantedText
 from lserve.engine.profile_gate import FactDocument, Question
 from lserve.engine.tokenizer import Tokenizer
 from lserve.quality.cases import Case
-from lserve.quality.tasks import single
+from lserve.quality.tasks import mixed
 from lserve.quality.text import insert
 
 MAX_FACTS = 16
@@ -59,7 +59,7 @@ def make_texts(
 
 def _planted_text(tokenizer: Tokenizer, text: str, num_facts: int, draw: random.Random) -> PlantedText:
     """The text with facts, which are asked for and told again after it, one after the other."""
-    planted = single(draw, text, num_facts)
+    planted = mixed(draw, text, num_facts)
     body = insert(text, planted.items).strip()  # templates may strip what is said
     told = {case.case_id: item for case, (_, item) in zip(planted.cases, planted.items, strict=True)}
     cases = draw.sample(planted.cases, len(planted.cases))
@@ -87,7 +87,7 @@ def _planted_text(tokenizer: Tokenizer, text: str, num_facts: int, draw: random.
 
 def _fact_document(tokenizer: Tokenizer, text: str, num_facts: int, draw: random.Random) -> FactDocument:
     """The text with facts, and questions about them, whose replies begin as the facts do."""
-    planted = single(draw, text, num_facts)
+    planted = mixed(draw, text, num_facts)
     body = insert(text, planted.items).strip()  # templates may strip what is said
     prompts = [
         _prompt(tokenizer, body, case, fact) for case, (_, fact) in zip(planted.cases, planted.items, strict=True)

@@ -9,7 +9,7 @@ from lserve.quality.asker import Asker
 from lserve.quality.cases import Case, Document, score
 from lserve.quality.registry import TASKS
 from lserve.quality.suite import Result
-from lserve.quality.tasks import Plan, build_document
+from lserve.quality.tasks import Plan, build_document, mixed
 
 from .findings import Findings, TraceFinding, doubling
 from .position import position
@@ -18,7 +18,7 @@ from .readers import Tell
 from .settings import Setting
 
 PLANS: dict[str, Plan] = {
-    "one fact": TASKS["single"],
+    "one fact": mixed,
     "one of several like facts": TASKS["multi-key words"],
     "people": TASKS["people"],
     "extraction": TASKS["quote"],

@@ -78,10 +78,12 @@ def names(draw: random.Random, text: str, questions: int) -> Planted:
 
 def single(draw: random.Random, text: str, questions: int) -> Planted:
     """Single needles of two kinds, numbers and words, mixed."""
-    relations = [*zip(NUMBER_RELATIONS, [_numbers(draw, 1) for _ in NUMBER_RELATIONS], strict=True)]
-    half = -(-questions // 2)
-    mixed = [*draw.sample(relations, half), *draw.sample(WORD_RELATIONS, half)]
-    return _single("single", draw, mixed, questions)
+    return _mixed(draw, questions, WORD_RELATIONS)
+
+
+def mixed(draw: random.Random, text: str, questions: int) -> Planted:
+    """Single needles of all three kinds, mixed: for documents that hold no names beside them."""
+    return _mixed(draw, questions, WORD_RELATIONS, NAME_RELATIONS)
 
 
 def pairs(draw: random.Random, text: str, questions: int) -> Planted:
@@ -191,6 +193,13 @@ def build_document(
             break
         left = max(left - overhang + SPARE_TOKENS // 2, 0)
     return Document(document_id, length, body, tuple(case for part in parts for case in part.cases))
+
+
+def _mixed(draw: random.Random, questions: int, *others: Sequence[tuple[str, Sequence[str]]]) -> Planted:
+    """Facts about numbers and of the other kinds of relation, as many of each."""
+    kinds = ([*zip(NUMBER_RELATIONS, [_numbers(draw, 1) for _ in NUMBER_RELATIONS], strict=True)], *others)
+    each = -(-questions // len(kinds))
+    return _single("single", draw, [relation for kind in kinds for relation in draw.sample(kind, each)], questions)
 
 
 def _single(task: str, draw: random.Random, relations: Sequence[tuple[str, Sequence[str]]], questions: int) -> Planted:
