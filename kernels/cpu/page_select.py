@@ -42,23 +42,13 @@ def _compact(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _masses(layer: LayerView, query: torch.Tensor, page_ids: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp of the scores in each page of the retrieval heads: query [B, H, G, D] (scaled), page_ids [B, H, J]
-    to [B, H, G, J].
+    """Log-sum-exp of the scores in each page of the retrieval heads: query [B, H, G, D] (scaled), page_ids [B, H, J],
+    or [1, H, J] of pages that all sequences share, to [B, H, G, J].
     """
-    scores = query @ _keys(layer, page_ids).transpose(2, 3)
-    return scores.unflatten(3, (-1, layer.layout.page_size)).logsumexp(-1)
-
-
-def _shared_masses(layer: LayerView, query: torch.Tensor, page_ids: torch.Tensor) -> torch.Tensor:
-    """`_masses` in pages [H, J] that all sequences share."""
-    scores = shared_product(query, _keys(layer, page_ids[None])[0].transpose(1, 2))
-    return scores.unflatten(3, (-1, layer.layout.page_size)).logsumexp(-1)
-
-
-def _keys(layer: LayerView, page_ids: torch.Tensor) -> torch.Tensor:
-    """Keys [B, H, J*P, D] of the retrieval heads in pages [B, H, J]."""
     slots = gather_slots(layer.retrieval_pool, page_ids, layer.head_slots[layer.retrieval_heads].long()[:, None])
-    return decode_keys(slots, layer.layout).reshape(*page_ids.shape[:2], -1, layer.layout.head_dim)
+    keys = decode_keys(slots, layer.layout).reshape(*page_ids.shape[:2], -1, layer.layout.head_dim).transpose(2, 3)
+    scores = shared_product(query, keys[0]) if len(keys) == 1 else query @ keys
+    return scores.unflatten(3, (-1, layer.layout.page_size)).logsumexp(-1)
 
 
 def page_select(
@@ -100,7 +90,7 @@ def page_select(
         listed, real = _compact(candidates, int(candidates.sum(-1).max()))
         page_ids = table.gather(1, listed.flatten(1)).view_as(listed)
         before = num_shared(page_ids, real)
-        shared_mass = _shared_masses(layer, grouped, page_ids[0, :, :before])
+        shared_mass = _masses(layer, grouped, page_ids[:1, :, :before])
         page_ids = page_ids[:, :, before:]
         parts = split_batch(num_heads * page_ids.shape[2] * page * layout.head_dim, grouped, page_ids)
         mass = torch.cat((shared_mass, torch.cat([_masses(layer, *part) for part in parts])), dim=-1)
