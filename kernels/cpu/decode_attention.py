@@ -7,6 +7,9 @@ import torch
 from ..views import DecodeBatch, LayerView, Selection
 from .codec import decode_keys, decode_values, gather_slots, split_batch
 
+MIN_SHARED = 16
+"""Pages that sequences must have in common to be decoded apart: fewer do not repay the second pass."""
+
 
 def tail_logits(query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Scores of the own page: query [B, H, G, D] (scaled), keys [B, H, P, D] to [B, H, G, P], -inf past the new
@@ -18,12 +21,13 @@ def tail_logits(query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor
 
 def num_shared(page_ids: torch.Tensor, listed: torch.Tensor) -> int:
     """How many leading pages of page_ids [B, H, J] are listed, bool [B, H, J], and the same for all of several
-    sequences.
+    sequences; 0 for fewer than MIN_SHARED.
     """
-    if page_ids.shape[0] == 1:
+    if page_ids.shape[0] == 1 or page_ids.shape[2] < MIN_SHARED:
         return 0
     same = ((page_ids == page_ids[:1]) & listed).flatten(0, 1).all(0)
-    return int(same.long().cumprod(0).sum())
+    count = int(same.long().cumprod(0).sum())
+    return count if count >= MIN_SHARED else 0
 
 
 def shared_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -36,7 +40,7 @@ def _attend(
     layer: LayerView,
     pool: torch.Tensor,
     slots: torch.Tensor,
-    shared: tuple[torch.Tensor, torch.Tensor],
+    shared: tuple[torch.Tensor, torch.Tensor] | None,
     query: torch.Tensor,
     page_ids: torch.Tensor,
     readable: torch.Tensor,
@@ -45,23 +49,21 @@ def _attend(
     positions: torch.Tensor,
 ) -> torch.Tensor:
     """query [B, H, G, D] (scaled) over the heads' slots [H] of pages [B, H or 1, J], of whose tokens readable, bool
-    [B, H or 1, J*P], says which count; over the tail; and over shared keys and values [H, S, D] that count for all.
+    [B, H or 1, J*P], says which count; over the tail; and over shared keys and values [H, S, D], if there are any.
     """
-    shared_keys, shared_values = shared
-    num_before = shared_keys.shape[1]
     num_batch, num_heads, _, head_dim = query.shape
     own = tail_logits(query, tail_key, positions)
     listed = readable.shape[2]
     data = gather_slots(pool, page_ids, slots[:, None])
     keys = decode_keys(data, layer.layout).reshape(num_batch, num_heads, listed, head_dim)
     logits = (query @ keys.transpose(2, 3)).masked_fill_(~readable[:, :, None], -torch.inf)
-    before = shared_product(query, shared_keys.transpose(1, 2))
-    weights = torch.cat((before, logits, own), dim=-1).softmax(-1)
-    before, weights = weights[..., :num_before], weights[..., num_before:]
+    parts = (logits, own) if shared is None else (logits, own, shared_product(query, shared[0].transpose(1, 2)))
+    weights = torch.cat(parts, dim=-1).softmax(-1)
+    end = listed + own.shape[3]
     values = decode_values(data, layer.layout).reshape(num_batch, num_heads, listed, head_dim)
     values[positions < layer.layout.page_size] = 0  # nothing is sealed: whatever the page held, 0 * NaN is NaN
-    out = torch.matmul(weights[..., :listed], values).add_(weights[..., listed:] @ tail_value)
-    return out.add_(shared_product(before, shared_values))
+    out = torch.matmul(weights[..., :listed], values).add_(weights[..., listed:end] @ tail_value)
+    return out if shared is None else out.add_(shared_product(weights[..., end:], shared[1]))
 
 
 def _decode_shared(
@@ -131,9 +133,10 @@ def decode_attention(query: torch.Tensor, layer: LayerView, batch: DecodeBatch, 
         whole = heads.numel() == num_kv_heads
         tail_key, tail_value = (x if whole else x[:, heads] for x in (tail_keys, tail_values))
         scaled = grouped if whole else grouped[:, heads]
-        before = num_shared(page_ids, listed)
-        shared = _decode_shared(layer, pool, slots, page_ids[0, :, :before])
-        page_ids, readable = page_ids[:, :, before:], readable[:, :, before * page :]
+        before, shared = num_shared(page_ids, listed), None
+        if before:
+            shared = _decode_shared(layer, pool, slots, page_ids[0, :, :before])
+            page_ids, readable = page_ids[:, :, before:], readable[:, :, before * page :]
         inputs = scaled, page_ids, readable, tail_key, tail_value, batch.positions
         parts = split_batch(heads.numel() * readable.shape[2] * head_dim, *inputs)
         out[:, heads] = torch.cat([_attend(layer, pool, slots, shared, *part) for part in parts])

@@ -90,10 +90,11 @@ def page_select(
         listed, real = _compact(candidates, int(candidates.sum(-1).max()))
         page_ids = table.gather(1, listed.flatten(1)).view_as(listed)
         before = num_shared(page_ids, real)
-        shared_mass = _masses(layer, grouped, page_ids[:1, :, :before])
-        page_ids = page_ids[:, :, before:]
-        parts = split_batch(num_heads * page_ids.shape[2] * page * layout.head_dim, grouped, page_ids)
-        mass = torch.cat((shared_mass, torch.cat([_masses(layer, *part) for part in parts])), dim=-1)
+        own_ids = page_ids[:, :, before:]
+        parts = split_batch(num_heads * own_ids.shape[2] * page * layout.head_dim, grouped, own_ids)
+        mass = torch.cat([_masses(layer, *part) for part in parts])
+        if before:
+            mass = torch.cat((_masses(layer, grouped, page_ids[:1, :, :before]), mass), dim=-1)
         mass = mass.masked_fill_(~real[:, :, None], -torch.inf)
         own = tail_logits(grouped, tail_key, positions).logsumexp(-1, keepdim=True)
         share = torch.cat((mass, own), dim=-1).softmax(-1)[..., :-1].mean(2)

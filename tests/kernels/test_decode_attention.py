@@ -78,10 +78,10 @@ def test_cpu_path_takes_long_sequences_by_themselves(monkeypatch):
 
 @pytest.mark.parametrize("streaming", [(False, False), (False, True), (True,)])
 def test_cpu_path_decodes_shared_pages_once(monkeypatch, streaming):
-    """Sequences that begin with the same nine pages, then go on with pages of their own, decode those nine once."""
-    case = without_poison(make_decode_case(positions=(700, 640, 963), streaming=streaming))
+    """Sequences that begin with the same 16 pages, then go on with pages of their own, decode those 16 once."""
+    case = without_poison(make_decode_case(positions=(1148, 1088, 1411), streaming=streaming))
     for table in (case.batch.retrieval_table, case.batch.streaming_table):
-        table[1:, :9] = table[0, :9]
+        table[1:, :16] = table[0, :16]
     decoded = []
     decode_keys = cpu_decode_attention.decode_keys
     monkeypatch.setattr(
@@ -89,8 +89,8 @@ def test_cpu_path_decodes_shared_pages_once(monkeypatch, streaming):
     )
     reference = oracle.decode_attention(case.query, case.layer, case.batch, case.selection)
     assert relative_error(run(decode_attention, case), reference) < 1e-5
-    if not any(streaming):  # 10, 10 and 15 pages, of which 9 are shared; gathered in a rectangle of 15
-        assert sum(decoded) == 2 * (9 + 3 * (15 - 9))
+    if not any(streaming):  # 17, 17 and 22 pages, of which 16 are shared; gathered in a rectangle of 22
+        assert sum(decoded) == 2 * (16 + 3 * (22 - 16))
 
 
 def test_streaming_window_is_exact_to_the_token(device):

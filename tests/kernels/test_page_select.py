@@ -90,7 +90,7 @@ def test_cpu_path_takes_long_sequences_by_themselves(monkeypatch):
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_cpu_path_chooses_among_shared_pages(factor):
     case = without_poison(draw("int4", 64, 2, (1200, 1300, 1400), (False, True), 32, 7, 1))
-    case.batch.retrieval_table[1:, :15] = case.batch.retrieval_table[0, :15]
+    case.batch.retrieval_table[1:, :17] = case.batch.retrieval_table[0, :17]
     check(page_select, case, "cpu", factor, True)
 
 
