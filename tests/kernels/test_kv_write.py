@@ -51,7 +51,7 @@ def assert_equal_slots(slot: torch.Tensor, expected: torch.Tensor, layout: SlotL
 def check_pages(path, layout: SlotLayout, num_pages: int, num_heads: int, dtype: torch.dtype, device: str, valid=None):
     # numbers of fp16, so that a range's width is exact in float32, and its step equal to float64's
     key = random_keys(num_pages, layout.page_size, num_heads, layout.head_dim).half().to(dtype)
-    value = torch.randn(num_pages, layout.page_size, num_heads, layout.head_dim).to(dtype)
+    value = torch.randn(num_pages, layout.page_size, num_heads, layout.head_dim).half().to(dtype)
     pool, page_ids, slots, heads = written(path, layout, key, value, device, valid)
     untouched = torch.ones(pool.shape[:2], dtype=torch.bool)
     for n, page in enumerate(page_ids.tolist()):
